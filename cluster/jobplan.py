@@ -1,0 +1,57 @@
+"""What is to be started, complete and pure: a back end renders a JobPlan and needs nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """The `cluster:` section: which engine starts the processes, and how many."""
+
+    backend: Literal["local"] = field(default="local", metadata={"doc": "the engine that starts the nodes"})
+    nodes: int = field(default=1, metadata={"doc": "nodes of the job; `launch --nodes N` overrides it", "min": 1})
+    procs_per_node: int | Literal["auto"] = field(
+        default="auto", metadata={"doc": "worker processes a node; auto: one a GPU, or one where there is none", "min": 1}
+    )
+    cpus_per_proc: int | Literal["auto"] = field(
+        default="auto",
+        metadata={"doc": "threads of each worker (OMP_NUM_THREADS); auto: the node's cores over its workers", "min": 1},
+    )
+    env: dict[str, str] = field(
+        default_factory=dict, metadata={"doc": "environment variables for the workers; one that you exported wins"}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """One submission. `sys_path` goes in front of the workers' module search path, first entry first."""
+
+    name: str
+    run_dir: str  # absolute
+    job_id: str
+    backend: str
+    nodes: int
+    procs_per_node: int
+    gpus_per_node: int  # 0: the workers run on CPU with gloo
+    threads_per_proc: int
+    python: str  # absolute path of the interpreter on the nodes
+    argv: tuple[str, ...]  # what the person typed
+    cwd: str
+    sys_path: tuple[str, ...]
+    env: dict[str, str]
+    checkpoint_url: str
+    workers: Literal["warm", "exec"]
+    max_restarts_without_progress: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.procs_per_node
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> JobPlan:
+        return JobPlan(**{**data, "argv": tuple(data["argv"]), "sys_path": tuple(data["sys_path"])})

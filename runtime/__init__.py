@@ -1,0 +1,1 @@
+"""What runs on the nodes: agent, coordinator, worker, trainer, data, checkpoints, metrics."""

@@ -1,0 +1,86 @@
+"""Box arithmetic: which part of a globally named tensor lies where. Torch-free and pure.
+
+A Box is a hyper-rectangle of a global tensor. A Layout says how a tensor is cut into a grid of parts and which ranks
+hold a copy of each part; it is the same on every rank, so that saves are planned without talking.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """offsets and shape, one entry a dim. A 0-dim tensor is Box((), ())."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part in global coordinates; None where it is empty."""
+        offsets, shape = [], []
+        for begin_a, size_a, begin_b, size_b in zip(self.offsets, self.shape, other.offsets, other.shape, strict=True):
+            begin = max(begin_a, begin_b)
+            size = min(begin_a + size_a, begin_b + size_b) - begin
+            if size <= 0:
+                return None
+            offsets.append(begin)
+            shape.append(size)
+        return Box(tuple(offsets), tuple(shape))
+
+    def relative_to(self, outer: Box) -> tuple[slice, ...]:
+        """Slices that select this box from an array holding `outer`."""
+        return tuple(
+            slice(begin - base, begin - base + size)
+            for begin, size, base in zip(self.offsets, self.shape, outer.offsets, strict=True)
+        )
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
+
+
+def grid_boxes(shape: tuple[int, ...], parts: tuple[int, ...]) -> list[Box]:
+    """The boxes of a grid in row-major order of parts, each dim cut as torch.chunk cuts: ceil-sized, the last ones
+    smaller or empty."""
+    axes = []
+    for size, num_parts in zip(shape, parts, strict=True):
+        step = -(-size // num_parts)
+        axes.append([(min(i * step, size), max(0, min(step, size - i * step))) for i in range(num_parts)])
+    return [Box(tuple(o for o, _ in cell), tuple(s for _, s in cell)) for cell in product(*axes)]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`parts` a dim (ceil-chunked); `owners[i]`: the global ranks that hold a copy of part i (row-major order)."""
+
+    parts: tuple[int, ...]
+    owners: tuple[tuple[int, ...], ...]
+
+
+def replicated(num_dims: int, world_size: int) -> Layout:
+    return Layout((1,) * num_dims, (tuple(range(world_size)),))
+
+
+def sharded(num_dims: int, dim: int, ranks: tuple[int, ...]) -> Layout:
+    return Layout(tuple(len(ranks) if d == dim else 1 for d in range(num_dims)), tuple((rank,) for rank in ranks))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One globally named tensor, equal on every rank. `dtype` in safetensors' names: F32, BF16, I64, ...
+
+    Names: `model.<fully qualified name>` for parameters and buffers, `optim.<fully qualified name>.<state key>` for
+    optimizer state. A tied parameter appears once, under the first of its names.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: Layout
