@@ -54,4 +54,6 @@ class JobPlan:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> JobPlan:
-        return JobPlan(**{**data, "argv": tuple(data["argv"]), "sys_path": tuple(data["sys_path"])})
+        """From job.json too, which holds more than the plan: `submitted_at`, `steps`, `git_commit`."""
+        known = {name: data[name] for name in JobPlan.__dataclass_fields__ if name in data}
+        return JobPlan(**{**known, "argv": tuple(data["argv"]), "sys_path": tuple(data["sys_path"])})

@@ -1,6 +1,6 @@
 """The run directory: where things lie, and the records that scripts may rely on. The same on every back end.
 
-    config.yaml    the resolved config           job.json      the current submission (a JobPlan)
+    config.yaml    the resolved config           job.json      the current submission (a JobPlan and more)
     events.jsonl   everything that happened      metrics.jsonl one record a step
     failure.json   the last culprit              logs/a0003/node-0.log
     control/<job_id>/  (0700) token, coordinator-0001.json, node-0.json, status.json, cancel, ended.json
