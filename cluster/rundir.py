@@ -107,7 +107,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         return
 
 
-def append_event(run: RunDir, kind: str, **fields: Any) -> dict[str, Any]:
+def append_event(run: RunDir, kind: str, /, **fields: Any) -> dict[str, Any]:
     """Appends one event with a single write, so that lines of several processes do not mix."""
     record = {"time": round(time.time(), 3), "type": kind, **fields}
     line = json.dumps(record, ensure_ascii=False) + "\n"

@@ -1,0 +1,56 @@
+"""What every engine that starts nodes must offer, and the table of those that exist.
+
+A back end is one file and one line of the table. It renders a JobPlan into the exact commands, starts them, and says
+what became of them; what the nodes then do among themselves is the agents' affair.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Protocol, cast
+
+from dtrain.cluster.errors import UsageError
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.procs import Liveness
+
+
+class Backend(Protocol):
+    def render(self, plan: JobPlan) -> str:
+        """The commands that `submit` runs, one a node. Pure: equal plans give equal text."""
+
+    def submit(self, plan: JobPlan) -> None:
+        """Starts the agents, which outlive the caller; returns at once.
+
+        The caller has written config.yaml, job.json and control/<job_id>/token.
+        """
+
+    def state(self, plan: JobPlan) -> Liveness:
+        """Whether any agent lives. Unknown where they were started from another host."""
+
+    def stop(self, plan: JobPlan) -> None:
+        """Asks the agents to save and end."""
+
+    def kill(self, plan: JobPlan) -> None:
+        """Ends every node of the job now, saving nothing."""
+
+    def start_node(self, plan: JobPlan, node_rank: int) -> bool:
+        """Starts a node in a dead one's place; False where this engine can't or leaves it to its scheduler."""
+
+    def agent_address(self) -> str:
+        """The address, on the calling node, at which the other nodes reach it."""
+
+
+_BACKENDS = {"local": "dtrain.cluster.local:LocalBackend"}
+
+
+def get_backend(name: str) -> Backend:
+    """Raises UsageError for a name that is not in the table."""
+    if name not in _BACKENDS:
+        near = difflib.get_close_matches(name, _BACKENDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(
+            f"cluster.backend: there is no back end {name!r}.{hint} Known: {', '.join(sorted(_BACKENDS))}."
+        )
+    module, _, attribute = _BACKENDS[name].partition(":")
+    return cast(Backend, getattr(importlib.import_module(module), attribute)())

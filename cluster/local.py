@@ -1,0 +1,91 @@
+"""N simulated nodes on this machine, each an agent in a session of its own that can be killed like a machine:
+the kernel takes a dead agent's workers with it. Leaves joining, starting and restarting to the agents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.procs import Liveness, ProcessId, start_detached
+from dtrain.cluster.rundir import RunDir, read_json, write_atomic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalBackend:
+    agent_args: tuple[str, ...] = ()  # appended to each agent's command; see runtime/options.py
+
+    def render(self, plan: JobPlan) -> str:
+        lines = [f"# {plan.nodes} simulated node(s) on this machine, {plan.procs_per_node} worker(s) each"]
+        lines.append(f"cd {shlex.quote(plan.cwd)}")
+        for node_rank in range(plan.nodes):
+            words = [f"{key}={shlex.quote(value)}" for key, value in _devices(plan, node_rank, {}).items()]
+            words += [shlex.quote(word) for word in self._argv(plan, node_rank)]
+            log = shlex.quote(str(_log(plan, node_rank)))
+            lines.append(f"setsid {' '.join(words)} </dev/null >>{log} 2>&1 &")
+        return "\n".join(lines) + "\n"
+
+    def submit(self, plan: JobPlan) -> None:
+        for node_rank in range(plan.nodes):
+            self.start_node(plan, node_rank)
+
+    def start_node(self, plan: JobPlan, node_rank: int) -> bool:
+        control = RunDir(plan.run_dir).control(plan.job_id)
+        log = _log(plan, node_rank)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environ = {**os.environ, **_devices(plan, node_rank, os.environ)}
+        process = start_detached(list(self._argv(plan, node_rank)), cwd=plan.cwd, environ=environ, log=log)
+        # The agent writes the same record when it is up; written here too, so that it can be stopped before that.
+        write_atomic(control.node(node_rank), json.dumps(process.to_json()), 0o600)
+        return True
+
+    def state(self, plan: JobPlan) -> Liveness:
+        found = {process.liveness() for process in self._agents(plan)}
+        if "alive" in found:
+            return "alive"
+        ended = RunDir(plan.run_dir).control(plan.job_id).ended.exists()
+        return "unknown" if "unknown" in found and not ended else "gone"
+
+    def stop(self, plan: JobPlan) -> None:
+        for process in self._agents(plan):
+            process.kill(signal.SIGTERM)
+
+    def kill(self, plan: JobPlan) -> None:
+        # Twice: an agent that was about to replace a dead node may have done so between our look and its death.
+        for _ in range(2):
+            for process in self._agents(plan):
+                process.kill(signal.SIGKILL)
+
+    def agent_address(self) -> str:
+        return "127.0.0.1"
+
+    def _argv(self, plan: JobPlan, node_rank: int) -> tuple[str, ...]:
+        # -P: a folder `dtrain` in the working directory must not shadow the installed package.
+        module = ("-P", "-m", "dtrain.runtime.agent")
+        where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id, "--node-rank", str(node_rank))
+        return (plan.python, *module, *where, *self.agent_args)
+
+    def _agents(self, plan: JobPlan) -> list[ProcessId]:
+        control = RunDir(plan.run_dir).control(plan.job_id)
+        records = (read_json(control.node(node_rank)) for node_rank in range(plan.nodes))
+        return [ProcessId.from_json(record) for record in records if record is not None]
+
+
+def _log(plan: JobPlan, node_rank: int) -> Path:
+    return RunDir(plan.run_dir).path / "logs" / f"agent-{node_rank}.log"
+
+
+def _devices(plan: JobPlan, node_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """This node's slice of the machine's GPUs, out of those that the user made visible."""
+    if plan.gpus_per_node == 0:
+        return {}
+    start = node_rank * plan.gpus_per_node
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(plan.nodes * plan.gpus_per_node)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[start : start + plan.gpus_per_node])}

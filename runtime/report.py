@@ -1,0 +1,138 @@
+"""What a worker tells its agent: events as they happen, and one failure report before it ends by an exception.
+
+Torch-free: exceptions of torch's collectives are known by their class names and messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sysconfig
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+from dtrain.cluster.errors import CorruptCheckpoint, FencedError, UsageError
+
+MAX_LINE_BYTES = 1 << 20
+_MAX_MESSAGE = 4000
+_MAX_EVIDENCE_LINES = 80
+
+# A rank whose peer died sees one of these. It is a victim: the culprit is elsewhere.
+_VICTIM_CLASSES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError"})
+_VICTIM_MESSAGE = re.compile(
+    r"gloo/transport|Connection (closed|reset|refused)|Broken pipe|recvValue failed|failed to (recv|send)"
+    r"|Timed out waiting \d+ms for (recv|send)|NCCL.*(remote process|peer)",
+    re.IGNORECASE,
+)
+
+
+class Reporter:
+    """Writes JSON lines to `fd`; -1, a closed pipe or a dead agent make it silent, never an error."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One record for events.jsonl, like `event("checkpoint_committed", step=100, bytes=..., seconds=...)`."""
+        self._send({"type": "event", "event": {"type": kind, **fields}})
+
+    def failure(
+        self,
+        error: BaseException,
+        *,
+        step: int | None = None,
+        phase: str = "",
+        kind: str | None = None,
+        victim: bool | None = None,
+        retry: bool | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        """Why this worker is about to end. What is left out follows from the exception:
+
+        `kind` exception | corrupt_checkpoint | fenced, `victim` whether it looks like a dead peer's doing, `retry`
+        False for errors of usage, which would come again.
+        """
+        known_kind, known_data = _classify(error)
+        report = {
+            "type": "failure",
+            "kind": kind or known_kind,
+            "message": _message(error),
+            "where": find_place(error.__traceback__),
+            "evidence": _evidence(error),
+            "time": time.time(),
+            "step": step,
+            "phase": phase,
+            "victim": is_victim(error) if victim is None else victim,
+            "retry": not isinstance(error, UsageError) if retry is None else retry,
+            "data": {**known_data, **(data or {})},
+        }
+        self._send(report)
+
+    def _send(self, record: dict[str, Any]) -> None:
+        if self._fd < 0:
+            return
+        line = json.dumps(record, default=str).encode() + b"\n"
+        if len(line) > MAX_LINE_BYTES:
+            line = (
+                json.dumps({"type": "event", "event": {"type": "report_too_long", "bytes": len(line)}}).encode() + b"\n"
+            )
+        with self._lock, contextlib.suppress(OSError):
+            view = memoryview(line)
+            while view:
+                view = view[os.write(self._fd, view) :]
+
+
+def is_victim(error: BaseException) -> bool:
+    """Whether an exception looks like the end of somebody else: a lost connection of a collective or the store."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & _VICTIM_CLASSES:
+        return True
+    return isinstance(error, RuntimeError | ConnectionError) and bool(_VICTIM_MESSAGE.search(str(error)))
+
+
+def _classify(error: BaseException) -> tuple[str, dict[str, Any]]:
+    match error:
+        case CorruptCheckpoint():
+            place = {"step": error.step, "attempt": error.attempt, "file": error.file, "tensor": error.tensor}
+            return "corrupt_checkpoint", place
+        case FencedError():
+            return "fenced", {}
+        case _:
+            return "exception", {}
+
+
+def _message(error: BaseException) -> str:
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + " ..."
+
+
+def _evidence(error: BaseException) -> list[str]:
+    """The traceback's lines; the middle of a long one is left out."""
+    lines = [line for part in traceback.format_exception(error) for line in part.rstrip("\n").split("\n")]
+    lines = [line[:1000] for line in lines]
+    if len(lines) <= _MAX_EVIDENCE_LINES:
+        return lines
+    half = _MAX_EVIDENCE_LINES // 2
+    return [*lines[:half], f"... {len(lines) - 2 * half} lines ...", *lines[-half:]]
+
+
+def find_place(trace: TracebackType | None) -> str:
+    """`file:line` of the innermost frame in the user's own code; the innermost of all where there is none."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(trace)]
+    own = [place for place in places if not _is_library(place[0])]
+    chosen = own or places
+    return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else ""
+
+
+def _is_library(filename: str) -> bool:
+    roots = (sysconfig.get_path("stdlib"), _OUR_ROOT)
+    return filename.startswith(("<frozen", *roots)) or "site-packages" in filename
+
+
+_OUR_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + "/runtime"
