@@ -1,21 +1,62 @@
 """The sections that the runtime owns: model, data, optimizer, schedule, train, checkpoint, recovery.
 
 A Target stands for a callable of the user's: `_target_` names it, the other keys are passed to it as keywords.
+Reading a file of a person's (layers, references, every check) is launcher/compose.py's.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from dtrain.cluster.bind import bind, bind_fields, schema_of
+from dtrain.cluster.configfile import Node, describe, is_broken, read_file, to_plain, walk
+from dtrain.cluster.errors import ConfigError, Problem
+from dtrain.cluster.layers import TARGET_KEY
+from dtrain.strategies.config import StrategyConfig
+
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
+_UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """`{_target_: package.module.name, key: value, ...}`"""
+    """`{_target_: package.module.name, key: value, ...}`; `package.module.name` alone where there are no keywords."""
+
+    SHORT: ClassVar[str] = TARGET_KEY
+    MARK: ClassVar[str] = TARGET_KEY
 
     target: str
     kwargs: dict[str, Any]
-    where: str = ""  # file:line, for messages
+    where: str = field(default="", compare=False)  # file:line, for messages
+
+    @classmethod
+    def from_node(cls, node: Node, key: str) -> tuple[Target | None, list[Problem]]:
+        assert isinstance(node.value, dict)
+        problems: list[Problem] = []
+        name = node.value.get(TARGET_KEY)
+        target_key = f"{key}.{TARGET_KEY}" if key else TARGET_KEY
+        if name is None:
+            message = f"is required and missing. Name a callable: {TARGET_KEY}: package.module.name"
+            problems.append(Problem(where=node.where, key=target_key, message=message))
+        elif not isinstance(name.value, str) or not _DOTTED.fullmatch(name.value):
+            message = f"expects a dotted name like package.module.name, found {describe(name)}."
+            problems.append(Problem(where=name.where, key=target_key, message=message))
+        for path, child in walk(node):
+            if len(path) > 1 and path[-1] == TARGET_KEY:
+                message = "is inside another target, and nested targets are not built. Build it inside your callable."
+                problems.append(Problem(where=child.where, key=".".join((key, *path)), message=message))
+        if name is None or problems or is_broken(node):
+            return None, problems
+        kwargs = {word: to_plain(child) for word, child in node.value.items() if word != TARGET_KEY}
+        return cls(target=str(name.value), kwargs=kwargs, where=name.where), problems
+
+    def to_plain(self) -> dict[str, Any]:
+        return {TARGET_KEY: self.target, **self.kwargs}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,21 +66,66 @@ class ParamGroup:
     match: str = field(metadata={"doc": "a pattern over fully qualified parameter names, like `*.bias`"})
     settings: dict[str, Any]
 
+    @classmethod
+    def from_node(cls, node: Node, key: str) -> tuple[ParamGroup | None, list[Problem]]:
+        assert isinstance(node.value, dict)
+        match = node.value.get("match")
+        rest = {word: child for word, child in node.value.items() if word != "match"}
+        if match is None or not isinstance(match.value, str):
+            found = "it is missing" if match is None else f"found {describe(match)}"
+            message = f'expects a pattern over parameter names, like "*.bias"; {found}.'
+            known = match is not None and is_broken(match)
+            place = match.where if match else node.where
+            return None, [] if known else [Problem(where=place, key=f"{key}.match", message=message)]
+        if not rest or "params" in rest:
+            what = (
+                "sets nothing: add a setting, like weight_decay: 0" if not rest else "params follow from match: drop it"
+            )
+            return None, [Problem(where=node.where, key=key, message=f"the group of {match.value!r} {what}.")]
+        if is_broken(node):
+            return None, []
+        return cls(match=match.value, settings={word: to_plain(child) for word, child in rest.items()}), []
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"match": self.match, **self.settings}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
+    """`{_target_: ..., lr: ..., groups: [...]}`: all but `groups` is the target's."""
+
+    SHORT: ClassVar[str] = TARGET_KEY
+
     target: Target = field(metadata={"doc": "called with the parameters first, like `torch.optim.AdamW`"})
     groups: tuple[ParamGroup, ...] = field(
         default=(), metadata={"doc": "`[{match: PATTERN, weight_decay: 0, ...}]`: other settings for some parameters"}
     )
+
+    @classmethod
+    def from_node(cls, node: Node, key: str) -> tuple[OptimizerConfig | None, list[Problem]]:
+        assert isinstance(node.value, dict)
+        own = {word: child for word, child in node.value.items() if word != "groups"}
+        target, problems = Target.from_node(Node(own, node.where), key)
+        listed = Node({word: child for word, child in node.value.items() if word == "groups"}, node.where)
+        bound, found = bind_fields({"groups": schema_of(cls)["groups"]}, listed, key)
+        if target is None or "groups" not in bound:
+            return None, [*problems, *found]
+        return cls(target=target, groups=bound["groups"]), [*problems, *found]
+
+    def to_plain(self) -> dict[str, Any]:
+        groups = {"groups": [group.to_plain() for group in self.groups]} if self.groups else {}
+        return {**self.target.to_plain(), **groups}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleConfig:
     """Built-in schedules are pure functions of the step. `schedule: cosine` is short for `{name: cosine}`."""
 
+    SHORT: ClassVar[str] = "name"
+
     name: Literal["constant", "linear", "cosine", "wsd"] = field(
-        default="constant", metadata={"doc": "how the learning rate goes after the warm-up; wsd: warm-up, stable, decay"}
+        default="constant",
+        metadata={"doc": "how the learning rate goes after the warm-up; wsd: warm-up, stable, decay"},
     )
     warmup: int = field(default=0, metadata={"doc": "steps of linear rise from 0", "min": 0})
     decay: int = field(default=0, metadata={"doc": "wsd: the last steps, in which the rate falls", "min": 0})
@@ -76,7 +162,10 @@ class TrainConfig:
     )
     micro_batch: int | None = field(
         default=None,
-        metadata={"doc": "samples that one forward sees at most; the accumulation follows; left out: all at once", "min": 1},
+        metadata={
+            "doc": "samples that one forward sees at most; the accumulation follows; left out: all at once",
+            "min": 1,
+        },
     )
     eval_every: int | None = field(
         default=None, metadata={"doc": "steps between evaluations over data.eval; left out: at the end only", "min": 1}
@@ -84,14 +173,39 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Between two saves: so many steps or so many seconds; the other one is None."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+def parse_interval(every: int | str) -> Interval:
+    """`100`: steps; `30s`, `10min`, `2h`: time. Raises ValueError with what to write."""
+    if isinstance(every, int):
+        if every < 1:
+            raise ValueError(f"expects at least 1 step, found {every}. Leave it out to save at the end only.")
+        return Interval(steps=every)
+    match = _DURATION.fullmatch(every.strip())
+    if not match:
+        raise ValueError(f'expects steps (100) or a time (30s, 10min, 2h), found "{every}".')
+    seconds = float(match[1]) * _UNIT_S[match[2]]
+    if seconds <= 0:
+        raise ValueError(f'expects a time above zero, found "{every}". Leave it out to save at the end only.')
+    return Interval(seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     url: str = field(default="${run_dir}/checkpoints", metadata={"doc": "where checkpoints go: a path or file:// URL"})
     every: int | str | None = field(
-        default=None, metadata={"doc": "steps (`100`) or time (`30s`, `10min`, `2h`) between saves; left out: end only"}
+        default=None,
+        metadata={
+            "doc": "steps (`100`) or time (`30s`, `10min`, `2h`) between saves; left out: end only",
+            "validate": parse_interval,
+        },
     )
-    keep: int | None = field(
-        default=3, metadata={"doc": "newest checkpoints to keep; null: all of them", "min": 1}
-    )
+    keep: int | None = field(default=3, metadata={"doc": "newest checkpoints to keep; null: all of them", "min": 1})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,18 +218,56 @@ class RecoveryConfig:
     )
 
 
+def check_name(name: str) -> None:
+    """A run's name becomes part of paths and job names. Raises ValueError."""
+    if not _NAME.fullmatch(name):
+        fitting = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:100] or "my-run"
+        raise ValueError(
+            f'expects up to 100 letters, digits, ".", "_" or "-", a letter or digit first; found "{name}". '
+            f"For example: name: {fitting}"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """All that a worker needs to train: what crosses to the nodes as config.yaml."""
 
-    name: str
-    model: Target
-    data: DataConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    loss: Target | None = None
-    count: Target | None = None
-    schedule: ScheduleConfig | Target = field(default_factory=ScheduleConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
-    on_end: Target | None = None
+    name: str = field(metadata={"doc": "a label; left out: the file's stem", "validate": check_name})
+    model: Target = field(metadata={"doc": "callable -> `torch.nn.Module`"})
+    data: DataConfig = field(metadata={"doc": "what is learned from"})
+    optimizer: OptimizerConfig = field(metadata={"doc": "a target, called with the parameters first; and `groups`"})
+    train: TrainConfig = field(metadata={"doc": "how long, and with which numbers"})
+    loss: Target | None = field(
+        default=None,
+        metadata={"doc": "callable(output, batch) -> scalar mean, or (sum, count); left out: `output.loss`"},
+    )
+    count: Target | None = field(
+        default=None, metadata={"doc": "callable(batch) -> what the loss is a mean over; left out: samples"}
+    )
+    schedule: ScheduleConfig | Target = field(
+        default_factory=ScheduleConfig,
+        metadata={"doc": "a built-in learning-rate schedule, or callable(optimizer, ...) -> LRScheduler"},
+    )
+    checkpoint: CheckpointConfig = field(
+        default_factory=CheckpointConfig, metadata={"doc": "where and how often the state is saved"}
+    )
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig, metadata={"doc": "what happens after a failure"})
+    on_end: Target | None = field(
+        default=None,
+        metadata={"doc": "callable(model), on every rank after the last step; a text that it returns is printed"},
+    )
+
+
+def read_run_config(path: str | os.PathLike[str]) -> tuple[RunConfig, StrategyConfig]:
+    """The run directory's config.yaml, which is resolved: no references, nothing to look up. Raises ConfigError."""
+    node, problems = read_file(path)
+    if node is None or not isinstance(node.value, dict):
+        raise ConfigError(problems)
+    elsewhere = ("run_dir", "cluster", "strategy")  # the launcher's, the back end's, and bound below
+    run = {key: child for key, child in node.value.items() if key not in elsewhere}
+    values, run_problems = bind_fields(schema_of(RunConfig), Node(run, node.where))
+    strategy, strategy_problems = bind(StrategyConfig, node.value.get("strategy", Node({}, node.where)), "strategy")
+    problems = [*problems, *run_problems, *strategy_problems]
+    if problems or strategy is None:
+        raise ConfigError(problems)
+    return RunConfig(**values), strategy

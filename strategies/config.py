@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 StrategyName = Literal["auto", "single", "ddp", "fsdp"]
 
@@ -11,6 +11,8 @@ StrategyName = Literal["auto", "single", "ddp", "fsdp"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyConfig:
     """How the model is spread over the ranks. `strategy: ddp` is short for `strategy: {name: ddp}`."""
+
+    SHORT: ClassVar[str] = "name"
 
     name: StrategyName = field(
         default="auto",
