@@ -1,0 +1,44 @@
+# Every target makes what it needs; `make` alone lists them.
+#   PYTHON=python3.12  the interpreter for .venv     TORCH='torch==...'  another build of torch (see .ci/install)
+PYTHON ?= python3
+TORCH ?=
+export PYTHON TORCH
+
+BIN := .venv/bin
+CODE := cluster launcher runtime slurm strategies tests examples benchmarks
+# Two at once at most: e2e tests start several processes each, and unit tests hardly gain from more.
+JOBS ?= 2
+
+.PHONY: help install demo test unit e2e check bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+install: ## .venv with everything that the tests need; quick when nothing changed
+	@.ci/install
+
+demo: install ## the main job: 2 nodes on this machine train a byte-level GPT
+	$(BIN)/dtrain launch examples/gpt.yaml
+
+test: install ## all tests: unit tests side by side, then whole runs one after the other
+	$(BIN)/pytest -m "not e2e" -n $(JOBS)
+	$(BIN)/pytest -m e2e
+
+unit: install ## unit tests only
+	$(BIN)/pytest -m "not e2e" -n $(JOBS)
+
+e2e: install ## whole runs only
+	$(BIN)/pytest -m e2e
+
+check: install ## lint, format, types and unit tests, in under two minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not e2e" -n $(JOBS) -q
+
+bench: install ## the benchmarks, one after the other (minutes; quiet machine)
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean: ## removes .venv, caches and builds; runs/ stays, it may be somebody's work
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

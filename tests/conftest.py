@@ -1,0 +1,162 @@
+"""What holds for every test: a home of its own, and nothing left behind when it ends.
+
+A test that leaves a process, a listening port or a file outside its tmp_path fails, and its processes are ended. With
+DTRAIN_CI=1 a skip is a failure too, unless the test is marked `gpu`: there, every component must start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from functools import cache
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARKER = "DTRAIN_TEST_ID"
+REPO = Path(__file__).resolve().parent.parent
+SETTLE_S = 3.0  # what a killed process may take to be gone; waited only while something is left
+
+# Written by tools around the tests, not by the tests.
+TOOLS_FILES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".venv", ".coverage"}
+TOOLS_TEMP_PREFIXES = ("torchinductor_",)  # torch's compile cache, one a user
+# multiprocessing starts one a process and keeps it on purpose.
+TOOLS_PROCESSES = ("multiprocessing.resource_tracker",)
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home, a working and a temporary folder of the test's own, and the check of what it leaves.
+
+    The working folder is tmp_path, so that a relative path lands there. The temporary folder must be empty at the end,
+    and has a short name, because a Unix socket's path has room for 107 bytes. Fixtures of a wider scope are set up
+    before this one and are not the test's to clean.
+    """
+    home = tmp_path_factory.mktemp("home")
+    temporary = Path(tempfile.mkdtemp(prefix="dt-"))
+    test_id = uuid.uuid4().hex
+    before = (_own_processes(""), _listening(psutil.Process()), _repository_names())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setenv(MARKER, test_id)
+        patch.setenv("HOME", str(home))
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)
+        for name, folder in (("STATE", ".local/state"), ("CONFIG", ".config"), ("CACHE", ".cache")):
+            patch.setenv(f"XDG_{name}_HOME", str(home / folder))
+        yield
+    leaks = _leaked_processes(test_id, before[0]) + _leaked_ports(before[1])
+    # Only named, not removed: in the repository it may be somebody's work of this very second.
+    leaks += [f"file {REPO / name}" for name in sorted(_repository_names() - before[2])]
+    leaks += [f"temporary file {p}" for p in temporary.iterdir() if not p.name.startswith(TOOLS_TEMP_PREFIXES)]
+    shutil.rmtree(temporary, ignore_errors=True)
+    if leaks:
+        pytest.fail("the test left behind:\n  " + "\n  ".join(leaks), pytrace=False)
+
+
+def _own_processes(test_id: str) -> dict[int, psutil.Process]:
+    """Live children of this process, and with a test_id every process, wherever it now hangs, that carries it."""
+    found = {child.pid: child for child in psutil.Process().children(recursive=True)}
+    if test_id:
+        mark = f"{MARKER}={test_id}".encode()
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError):
+                if process.pid != os.getpid() and mark in Path(f"/proc/{process.pid}/environ").read_bytes():
+                    found[process.pid] = process
+    return {pid: process for pid, process in found.items() if _matters(process)}
+
+
+def _matters(process: psutil.Process) -> bool:
+    try:
+        alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return alive and not any(name in " ".join(process.cmdline()) for name in TOOLS_PROCESSES)
+    except psutil.Error:
+        return False
+
+
+def _leaked_processes(test_id: str, before: dict[int, psutil.Process]) -> list[str]:
+    def left() -> list[psutil.Process]:
+        return [process for pid, process in _own_processes(test_id).items() if pid not in before]
+
+    _settle(lambda: not left())
+    leaked = left()
+    words = []
+    for process in leaked:
+        with contextlib.suppress(psutil.Error):
+            ports = ", ".join(_listening(process))
+            command = " ".join(process.cmdline())[:300]
+            words.append(f"process {process.pid}: {command}" + (f", listening on {ports}" if ports else ""))
+    for process in leaked:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(leaked, timeout=SETTLE_S)
+    return words
+
+
+def _listening(process: psutil.Process) -> set[str]:
+    """`address:port` of the process's listening TCP sockets."""
+    with contextlib.suppress(psutil.Error):
+        connections = process.net_connections(kind="tcp")
+        return {f"{c.laddr.ip}:{c.laddr.port}" for c in connections if c.status == psutil.CONN_LISTEN}
+    return set()
+
+
+def _leaked_ports(before: set[str]) -> list[str]:
+    def left() -> set[str]:
+        return _listening(psutil.Process()) - before
+
+    if left():
+        gc.collect()  # a store or server may hang in a reference cycle
+        _settle(lambda: not left())
+    return [f"listening port {port} in the test process" for port in sorted(left())]
+
+
+def _repository_names() -> set[str]:
+    return {path.name for path in REPO.iterdir()} - TOOLS_FILES
+
+
+def _settle(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SETTLE_S
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@cache
+def _has_gpu() -> bool:
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not _has_gpu():
+        pytest.skip("needs an NVIDIA GPU: `nvidia-smi -L` finds none")
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get("DTRAIN_CI") == "1" and report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"{reason}\nDTRAIN_CI=1: every component must start here, so a skip is a failure"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.get_closest_marker("gpu") is None:
+        _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
