@@ -1,0 +1,136 @@
+"""`dtrain launch`: check everything, settle what happens to the run directory, submit, follow."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from dtrain.cluster import exits
+from dtrain.cluster.backends import get_backend
+from dtrain.cluster.errors import ConfigError, UsageError
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.rundir import RunDir
+from dtrain.launcher.compose import LaunchConfig, load_config
+from dtrain.launcher.follow import bookmark, follow
+from dtrain.launcher.lease import Busy, launching
+from dtrain.launcher.plan import make_plan
+from dtrain.launcher.runs import Job
+from dtrain.launcher.screen import make_screen
+from dtrain.launcher.submit import Settled, header, new_job_id, record, settle, submit
+from dtrain.launcher.targetcheck import check_targets
+
+HELP = "Trains what the config describes, or continues it where its run directory has a checkpoint. Follows the run."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="cfg.yaml", help="the config file")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="set single values of the config")
+    parser.add_argument("--nodes", type=int, metavar="N", help="overrides cluster.nodes")
+    parser.add_argument("--backend", metavar="B", help="overrides cluster.backend")
+    parser.add_argument("--name", help="the run's label; left out: the config's, or the file's stem")
+    parser.add_argument("--run-dir", metavar="DIR", help="overrides run_dir; left out: runs/NAME")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted and touch nothing")
+    parser.add_argument("--detach", action="store_true", help="return when the job is submitted")
+    parser.add_argument(
+        "--fresh", action="store_true", help="never continue: take the first free DIR, DIR-2, DIR-3, ..."
+    )
+    parser.add_argument(
+        "--continue-changed", action="store_true", help="continue though model, data or optimizer differ"
+    )
+    parser.add_argument("--here", action="store_true", help="one rank in this process and terminal; breakpoint() works")
+
+
+def run(args: argparse.Namespace) -> int:
+    first = _load(args, name=args.name, run_dir=args.run_dir)
+    plan = _plan(args, first)
+    problems = check_targets(first, plan.python, plan.sys_path)
+    if problems:
+        raise ConfigError(problems)
+    with ExitStack() as lease:
+        config, plan, settled = _claim(args, first, lease)
+        if settled.decision.action == "refuse":
+            raise UsageError("\n".join([str(plan.run_dir), *settled.decision.lines]))
+        if settled.decision.action == "done":
+            print(f"{plan.name}: {' '.join(settled.decision.lines)}\n  run dir      {plan.run_dir}")
+            return exits.DONE
+        if args.dry_run:
+            return _dry_run(plan, settled)
+        since = bookmark(RunDir(plan.run_dir))
+        job = record(config, plan)
+        print("\n".join(header(plan, settled)), flush=True)
+        if not args.here:
+            submit(job)
+    if args.here:
+        from dtrain.launcher.here import train_here
+
+        return train_here(job, since)
+    return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
+
+
+def _load(args: argparse.Namespace, *, name: str | None, run_dir: str | None) -> LaunchConfig:
+    return load_config(args.config, args.overrides, nodes=args.nodes, backend=args.backend, name=name, run_dir=run_dir)
+
+
+def _plan(args: argparse.Namespace, config: LaunchConfig) -> JobPlan:
+    job_id = new_job_id("here" if args.here else config.cluster.backend)
+    plan = make_plan(config, job_id=job_id, argv=args.argv, cwd=os.getcwd())
+    if args.here and plan.world_size > 1:
+        raise UsageError(
+            f"--here runs one rank in this process, but the config asks for {plan.nodes} nodes x "
+            f"{plan.procs_per_node} processes. Add: --nodes 1 cluster.procs_per_node=1"
+        )
+    return plan
+
+
+def _claim(args: argparse.Namespace, first: LaunchConfig, lease: ExitStack) -> tuple[LaunchConfig, JobPlan, Settled]:
+    """Settles the launch under the lease of its run directory; a dry run looks without one, so as to touch nothing.
+    With --fresh the first free directory of DIR, DIR-2, DIR-3, ..."""
+    for number in itertools.count(1):
+        config = (
+            first if number == 1 else _load(args, name=f"{first.name}-{number}", run_dir=f"{first.run_dir}-{number}")
+        )
+        if args.fresh and _is_taken(config):
+            continue
+        plan = _plan(args, config)
+        if args.dry_run:
+            return config, plan, _settle(args, config, plan)
+        _refuse_before_touching(args, config, plan)
+        try:
+            lease.enter_context(launching(RunDir(plan.run_dir), plan.job_id))
+        except Busy:
+            if args.fresh:
+                continue
+            raise
+        if not (args.fresh and _is_taken(config)):
+            return config, plan, _settle(args, config, plan)
+        lease.close()  # another --fresh was quicker
+    raise AssertionError("there is always a next number")
+
+
+def _settle(args: argparse.Namespace, config: LaunchConfig, plan: JobPlan) -> Settled:
+    return settle(config, plan, fresh=args.fresh, continue_changed=args.continue_changed)
+
+
+def _refuse_before_touching(args: argparse.Namespace, config: LaunchConfig, plan: JobPlan) -> None:
+    """The lease makes a directory: what would be refused anyway is refused before that."""
+    if not RunDir(plan.run_dir).job.exists():
+        _settle(args, config, plan)
+
+
+def _is_taken(config: LaunchConfig) -> bool:
+    path = Path(config.run_dir)
+    return RunDir(path).job.exists() or (path.is_dir() and any(entry.name != "control" for entry in path.iterdir()))
+
+
+def _dry_run(plan: JobPlan, settled: Settled) -> int:
+    print("\n".join(f"# {line}" for line in header(plan, settled)))
+    print(get_backend(plan.backend).render(plan))
+    return exits.DONE
+
+
+def _say_detached(job: Job) -> int:
+    print(f"  job          {job.plan.job_id}, follow it: dtrain attach {job.plan.name}")
+    return exits.DONE

@@ -1,0 +1,261 @@
+"""Follows a run from its files only, so that the one who launched it and anybody who comes later see the same.
+
+Reads events.jsonl, metrics.jsonl, rank 0's log and ended.json, and asks the back end now and then whether anything is
+still alive. What it says is in launcher/console.py, where it appears in launcher/screen.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from dtrain.cluster import exits
+from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
+from dtrain.launcher.console import Said, continue_command, event_lines, outcome_lines
+from dtrain.launcher.runs import Job
+from dtrain.launcher.screen import Screen
+from dtrain.launcher.state import STARTING_S
+from dtrain.launcher.tail import JsonTail, LineTail
+
+POLL_S = 0.15
+ASK_BACKEND_S = 2.0
+TRACEBACK_HOLD_S = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bookmark:
+    """What of a run's files is old news. Taken before the job that is to be followed can write."""
+
+    events_bytes: int = 0
+    newest: tuple[int, int] = (0, 0)  # (attempt, step) of the newest record of metrics.jsonl
+
+
+def bookmark(run: RunDir) -> Bookmark:
+    return Bookmark(
+        events_bytes=run.events.stat().st_size if run.events.exists() else 0,
+        newest=max(map(_place, read_jsonl(run.metrics)), default=(0, 0)),
+    )
+
+
+def _place(record: dict[str, Any]) -> tuple[int, int]:
+    return int(record.get("attempt", 0)), int(record.get("step", 0))
+
+
+class RunView:
+    """Carries what is new in a run's files to a screen."""
+
+    def __init__(self, run: RunDir, screen: Screen, since: Bookmark) -> None:
+        self._run = run
+        self._screen = screen
+        self._events = JsonTail(run.events, offset_bytes=since.events_bytes)
+        self._metrics = JsonTail(run.metrics)
+        self._newest = since.newest
+        self._log: LineTail | None = None
+        self._printed = RankZeroLines()
+        self._chosen: list[str] | None = None
+        self._attempts = 0
+
+    def poll(self) -> None:
+        """Shows what happened since the last call."""
+        for event in self._events.poll():
+            self._show_event(event)
+        self._show_log()
+        for record in self._metrics.poll():
+            self._show_metric(record)
+
+    def follow_log(self, attempt: int, *, from_end: bool) -> None:
+        if self._log is not None:
+            self._show_log()
+            self._log.close()
+        self._log = LineTail(self._run.log(attempt, 0), from_end=from_end)
+
+    def close(self) -> None:
+        for line in self._printed.flush():
+            self._screen.say(Said(line))
+        self._events.close()
+        self._metrics.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _show_event(self, event: dict[str, Any]) -> None:
+        kind = event.get("type")
+        if kind == "attempt_started":
+            self._attempts += 1
+            self.follow_log(int(event["attempt"]), from_end=False)
+        if kind == "node_joined" and self._attempts == 0:
+            return  # that the nodes of a new job join is no news
+        if kind == "chosen":
+            if event.get("lines") == self._chosen:
+                return  # a restart chooses the same again
+            self._chosen = event.get("lines")
+        if kind == "failure":
+            self._show_log()
+            self._printed.drop_traceback()
+        for said in event_lines(event):
+            self._screen.say(said)
+
+    def _show_metric(self, record: dict[str, Any]) -> None:
+        if (place := _place(record)) > self._newest:  # a replaced file repeats what earlier attempts finished
+            self._newest = place
+            self._screen.metric(record)
+
+    def _show_log(self) -> None:
+        for line in self._printed.take([] if self._log is None else self._log.poll(), time.monotonic()):
+            self._screen.say(Said(line))
+
+
+class RankZeroLines:
+    """What rank 0 printed, without its tag. A traceback is held back for a moment: when it belongs to a failure, the
+    failure's own view shows it, with the culprit first, and the copy here is dropped."""
+
+    def __init__(self) -> None:
+        self._held: list[str] = []
+        self._held_since = 0.0
+        self._in_traceback = False
+
+    def take(self, lines: list[str], now: float) -> list[str]:
+        """The lines to show now."""
+        shown = []
+        for line in lines:
+            if not line.startswith("[0 "):
+                continue
+            text = line.partition("] ")[2]
+            if text.startswith("Traceback (most recent call last)"):
+                self._in_traceback, self._held_since = True, now
+            if self._in_traceback or (self._held and _is_traceback_glue(text)):
+                self._held.append(text)
+                self._in_traceback = self._in_traceback and (text.startswith((" ", "Traceback")) or not text)
+            else:
+                shown.append(text)
+        if self._held and now - self._held_since > TRACEBACK_HOLD_S:
+            shown = self.flush() + shown
+        return shown
+
+    def drop_traceback(self) -> None:
+        self._held = []
+        self._in_traceback = False
+
+    def flush(self) -> list[str]:
+        held, self._held = self._held, []
+        self._in_traceback = False
+        return held
+
+
+def _is_traceback_glue(text: str) -> bool:
+    return not text or text.startswith(("During handling of the above", "The above exception was the direct"))
+
+
+def follow(job: Job, screen: Screen, since: Bookmark, *, attempt: int = 0) -> int:
+    """Shows the run until it ends; the run's exit code. `attempt`: the one that goes on already, when coming later.
+
+    The first Ctrl-C asks the run to save and end, the second kills it.
+    """
+    view = RunView(job.run, screen, since)
+    if attempt:
+        view.follow_log(attempt, from_end=True)
+    try:
+        with _interrupts() as interrupts:
+            return _until_end(job, screen, view, interrupts)
+    finally:
+        view.close()
+        screen.close()
+
+
+def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float]) -> int:
+    asked_at = time.monotonic()
+    handled = 0
+    while True:
+        ended = read_json(job.control.ended)  # read before the poll, so that the last lines are shown before the end
+        view.poll()
+        if ended is not None:
+            return _say_outcome(job, screen, view, ended)
+        if len(interrupts) > handled:
+            handled = len(interrupts)
+            if _on_interrupt(job, screen, view, handled):
+                return exits.DETACHED
+        if time.monotonic() - asked_at > ASK_BACKEND_S:
+            asked_at = time.monotonic()
+            if _is_gone(job):
+                view.poll()
+                return _say_all_gone(job, screen)
+        time.sleep(POLL_S)
+
+
+def _is_gone(job: Job) -> bool:
+    """Asked in this order: a job that ended between the two questions has ended.json by the second."""
+    if time.time() - job.submitted_at < STARTING_S and not job.control.status.exists():
+        return False
+    return job.backend.state(job.plan) == "gone" and not job.control.ended.exists()
+
+
+def _on_interrupt(job: Job, screen: Screen, view: RunView, count: int) -> bool:
+    """True when the run was killed and there is nothing left to follow."""
+    if count == 1:
+        screen.say(Said("Ctrl-C: saving and stopping at the end of a step; once more kills the run at once"))
+        job.backend.stop(job.plan)
+        return False
+    job.backend.kill(job.plan)
+    view.poll()
+    screen.say(Said("killed", "bad"))
+    screen.say(_where_it_goes_on(job))
+    return True
+
+
+def _say_outcome(job: Job, screen: Screen, view: RunView, ended: dict[str, Any]) -> int:
+    view.close()
+    screen.close()
+    words = outcome_lines(
+        ended, steps=job.steps, run_dir=str(job.run.path), url=job.plan.checkpoint_url, again=again_command(job)
+    )
+    for said in words:
+        screen.say(said)
+    return int(ended.get("exit_code", exits.FAILED))
+
+
+def _say_all_gone(job: Job, screen: Screen) -> int:
+    screen.close()
+    screen.say(Said("every node of the run is gone, and none could say why", "bad"))
+    for line in _last_agent_words(job):
+        screen.say(Said(f"  | {line}"))
+    screen.say(_where_it_goes_on(job))
+    return exits.STOPPED
+
+
+def _last_agent_words(job: Job) -> list[str]:
+    """What the first agent printed at the end: a traceback where it could not even start."""
+    try:
+        return (job.run.path / "logs" / "agent-0.log").read_text(errors="replace").splitlines()[-12:]
+    except OSError:
+        return []
+
+
+def _where_it_goes_on(job: Job) -> Said:
+    step = job.newest_checkpoint_step()
+    start = "from the beginning (no checkpoint was committed)" if step is None else f"from step {step}"
+    return Said(f"  continue {start}:  {again_command(job)}")
+
+
+def again_command(job: Job) -> str:
+    plan = job.plan
+    return continue_command(plan.argv, plan.cwd, os.getcwd(), name=plan.name, run_dir=plan.run_dir)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[float]]:
+    """Collects Ctrl-C in a list instead of raising: an exception could hit between reading a line and showing it."""
+    seen: list[float] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        seen.append(time.monotonic())
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, previous)

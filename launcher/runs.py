@@ -1,0 +1,120 @@
+"""Runs on disk: the job of a run directory, and which run a person means by a label, a path or a job id."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.cluster.backends import Backend, get_backend
+from dtrain.cluster.errors import DtrainError, UsageError
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.rundir import Control, RunDir, read_json
+from dtrain.cluster.storage import open_storage
+from dtrain.launcher import labels
+from dtrain.launcher.console import plural
+from dtrain.runtime.checkpoint.attempts import CheckpointInfo, live_checkpoints, newest_live
+from dtrain.runtime.checkpoint.manifest import decode_manifest
+from dtrain.runtime.checkpoint.names import manifest_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The current submission of a run directory: the content of job.json."""
+
+    run: RunDir
+    plan: JobPlan
+    submitted_at: float  # seconds since the epoch
+    steps: int | None  # train.steps
+
+    @property
+    def control(self) -> Control:
+        return self.run.control(self.plan.job_id)
+
+    @property
+    def backend(self) -> Backend:
+        return get_backend(self.plan.backend)
+
+    def backend_state(self) -> str:
+        """alive | gone | unknown; not asked for a job whose end is written down."""
+        return "gone" if self.control.ended.exists() else self.backend.state(self.plan)
+
+    def newest_checkpoint_step(self) -> int | None:
+        """None where there is none, and where the store can't be asked."""
+        try:
+            newest = newest_checkpoint(self.plan.checkpoint_url)
+        except (DtrainError, OSError):
+            return None
+        return None if newest is None else newest.step
+
+
+def newest_checkpoint(url: str) -> CheckpointInfo | None:
+    """The newest live checkpoint under `url`, None where there is none. Raises StorageError, CheckpointError."""
+    return newest_live(live_checkpoints(open_storage(url)))
+
+
+def describe_checkpoint(url: str, info: CheckpointInfo) -> str:
+    """By which layout it was saved: `attempt 1: ddp on 3 ranks`."""
+    try:
+        manifest = decode_manifest(open_storage(url).get(manifest_key(info.dir)), info.dir)
+    except DtrainError:
+        return f"attempt {info.attempt}; its manifest can't be read"
+    return f"attempt {info.attempt}: {manifest.strategy.get('name', '?')} on {plural(manifest.world_size, 'rank')}"
+
+
+def read_job(path: str | os.PathLike[str]) -> Job | None:
+    """The job of the run directory `path`; None where no run was ever submitted."""
+    run = RunDir(path)
+    data = read_json(run.job)
+    if data is None:
+        return None
+    try:
+        plan = JobPlan.from_json(data)
+    except (TypeError, KeyError) as error:
+        raise UsageError(f"{run.job} is not a job of this dtrain ({error}). Look at it, or move it away.") from error
+    return Job(run=run, plan=plan, submitted_at=float(data.get("submitted_at", 0.0)), steps=data.get("steps"))
+
+
+def known_jobs(cwd: Path) -> list[Job]:
+    """The runs of the label registry and those under `cwd`/runs that still exist, the newest submission first."""
+    remembered = [Path(label.run_dir) for label in labels.remembered()]
+    nearby = [file.parent for file in (cwd / "runs").glob("*/job.json")]
+    jobs = []
+    for path in dict.fromkeys(Path(os.path.abspath(path)) for path in [*remembered, *nearby]):
+        try:
+            job = read_job(path)
+        except (UsageError, ValueError, OSError):
+            continue  # one broken directory must not hide the others
+        if job is not None:
+            jobs.append(job)
+    return sorted(jobs, key=lambda job: job.submitted_at, reverse=True)
+
+
+def resolve(text: str, cwd: Path) -> tuple[Job, str]:
+    """The run that `text` means, and a remark for the person ("" where nothing is unclear). Raises UsageError."""
+    if (job := read_job(cwd / Path(text).expanduser())) is not None:
+        return job, ""
+    jobs = known_jobs(cwd)
+    for job in jobs:
+        if job.plan.job_id == text:
+            return job, ""
+        if _is_job_id(text) and job.run.control(text).path.is_dir():
+            return job, f"{text} was an earlier job of this run; its newest is {job.plan.job_id}"
+    named = [job for job in jobs if job.plan.name == text]
+    if named:
+        others = ", ".join(str(job.run.path) for job in named[1:])
+        return named[0], f"{text} is {named[0].run.path}, launched last; also called so: {others}" if others else ""
+    raise UsageError(_not_found(text, cwd, jobs))
+
+
+def _is_job_id(text: str) -> bool:
+    return bool(text) and "/" not in text and text not in (".", "..")
+
+
+def _not_found(text: str, cwd: Path, jobs: Iterable[Job]) -> str:
+    names = list(dict.fromkeys(job.plan.name for job in jobs))
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0.5) or names[:5]
+    found = f"Known labels: {', '.join(near)}." if near else f"No run is known, and {cwd / 'runs'} has none."
+    return f"{text}: no run has this label, directory or job id. {found} `dtrain ls` shows all."

@@ -1,0 +1,163 @@
+"""From a settled config to a submitted job: what is written into the run directory, in which order, and what a person
+is told first. The processes themselves are the back end's."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.cluster import exits
+from dtrain.cluster.errors import UsageError
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.rundir import RunDir, append_event, write_atomic, write_once
+from dtrain.launcher import labels
+from dtrain.launcher.compose import LaunchConfig, diff_identity, dump_resolved
+from dtrain.launcher.console import plural
+from dtrain.launcher.identity import Decision, Existing, decide
+from dtrain.launcher.runs import Job, describe_checkpoint, newest_checkpoint, read_job
+from dtrain.launcher.state import read_status
+from dtrain.runtime.checkpoint.attempts import CheckpointInfo
+
+OURS = frozenset({"control", "checkpoints", "logs", "code"})  # folders that a run directory may have without a job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """A launch whose fate on its run directory is decided."""
+
+    decision: Decision
+    checkpoint: CheckpointInfo | None  # the newest live one of the store
+
+
+def new_job_id(prefix: str) -> str:
+    """Like local-20261122-101530-1a2b: sorts by time, safe in file names."""
+    return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def settle(config: LaunchConfig, plan: JobPlan, *, fresh: bool, continue_changed: bool) -> Settled:
+    """Reads only. Raises UsageError where the directory or the checkpoints belong to something else."""
+    run = RunDir(plan.run_dir)
+    refuse_foreign(run)
+    checkpoint = newest_checkpoint(plan.checkpoint_url)
+    if fresh and checkpoint is not None:
+        raise UsageError(
+            f"--fresh: {plan.checkpoint_url} already holds step {checkpoint.step} of another run, which this one would "
+            "continue. Put ${run_dir} or ${name} into checkpoint.url, or give another."
+        )
+    existing = _existing(config, run)
+    step = None if checkpoint is None else checkpoint.step
+    steps = config.run.train.steps
+    return Settled(
+        decision=decide(existing, steps_asked=steps, checkpoint_step=step, continue_changed=continue_changed),
+        checkpoint=checkpoint,
+    )
+
+
+def refuse_foreign(run: RunDir) -> None:
+    """A directory with somebody's files in it is no place for a run: config.yaml there may be the person's own."""
+    if run.job.exists() or not run.path.is_dir():
+        return
+    foreign = sorted(entry.name for entry in run.path.iterdir() if entry.name not in OURS)
+    if foreign and not (run.path / "control").is_dir():
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise UsageError(f"run_dir: {run.path} is no run, but has files in it ({shown}). Choose a new directory.")
+
+
+def _existing(config: LaunchConfig, run: RunDir) -> Existing | None:
+    import yaml
+
+    job = read_job(run.path)
+    if job is None:
+        return None
+    status = read_status(job, look_for_checkpoint=False)
+    try:
+        old = yaml.safe_load(run.config.read_text())
+    except FileNotFoundError:
+        old = config.resolved  # the launch before died before it wrote anything that could differ
+    identity_lines, other_lines = diff_identity(old, config.resolved)
+    return Existing(
+        job_id=job.plan.job_id,
+        state=status["state"],
+        step=int(status["step"] or 0),
+        identity_lines=tuple(identity_lines),
+        other_lines=tuple(other_lines),
+    )
+
+
+def header(plan: JobPlan, settled: Settled) -> list[str]:
+    """The first lines that a person sees: what, where, and from which step."""
+    device = f"{plural(plan.gpus_per_node, 'GPU')} a node" if plan.gpus_per_node else "CPU"
+    shape = f"{plural(plan.nodes, 'node')} x {plural(plan.procs_per_node, 'process')}, {device}, {plan.backend}"
+    lines = [
+        f"{plan.name}: {shape}",
+        f"  run dir      {plan.run_dir}",
+        f"  checkpoints  {plan.checkpoint_url}",
+        f"  {_origin(plan, settled)}",
+    ]
+    return lines + [f"  {line}" for line in settled.decision.lines]
+
+
+def _origin(plan: JobPlan, settled: Settled) -> str:
+    found = settled.checkpoint
+    if found is not None:
+        return f"continues from step {found.step} ({describe_checkpoint(plan.checkpoint_url, found)})"
+    nothing = "" if settled.decision.action == "start" else ": no checkpoint was committed"
+    return f"starts from the beginning{nothing}"
+
+
+def record(config: LaunchConfig, plan: JobPlan) -> Job:
+    """Writes everything that the nodes read, before anything is started. The caller holds the launch lease."""
+    run = RunDir(plan.run_dir)
+    submitted_at = round(time.time(), 3)
+    extra = {
+        "submitted_at": submitted_at,
+        "steps": config.run.train.steps,
+        "git_commit": git_commit(Path(plan.sys_path[0]) if plan.sys_path else Path(plan.cwd)),
+    }
+    control = run.control(plan.job_id)
+    control.path.mkdir(mode=0o700, parents=True)
+    if not write_once(control.token, secrets.token_hex(32), mode=0o600):
+        raise UsageError(f"{control.path} exists already; launch again")
+    write_atomic(run.config, dump_resolved(config))
+    write_atomic(run.job, json.dumps({**plan.to_json(), **extra}, indent=2) + "\n")
+    append_event(
+        run, "submitted", job_id=plan.job_id, name=plan.name, backend=plan.backend, nodes=plan.nodes,
+        world_size=plan.world_size, argv=list(plan.argv),
+    )  # fmt: skip
+    labels.remember(labels.Label(name=plan.name, run_dir=plan.run_dir, job_id=plan.job_id, submitted_at=submitted_at))
+    return Job(run=run, plan=plan, submitted_at=submitted_at, steps=config.run.train.steps)
+
+
+def submit(job: Job) -> None:
+    """Starts the job. A submission that fails half way leaves nothing running and says so in the run's records."""
+    try:
+        job.backend.submit(job.plan)
+    except BaseException as error:
+        job.backend.kill(job.plan)
+        end(job, state="failed", exit_code=exits.FAILED, reason=f"could not be submitted: {error}", step=0)
+        raise
+
+
+def end(job: Job, *, state: str, exit_code: int, reason: str, step: int) -> bool:
+    """Writes how the job ended where no coordinator can; True if nobody had."""
+    ended = {"state": state, "exit_code": exit_code, "reason": reason, "step": step, "at": round(time.time(), 3)}
+    if not write_once(job.control.ended, json.dumps(ended), mode=0o600):
+        return False
+    append_event(job.run, "ended", state=state, exit_code=exit_code, reason=reason, step=step)
+    return True
+
+
+def git_commit(directory: Path) -> str | None:
+    """The commit of the config's directory, `-dirty` behind it where tracked files differ; None outside of git."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
