@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 
@@ -64,10 +65,12 @@ class Layout:
     owners: tuple[tuple[int, ...], ...]
 
 
+@cache  # one object for all tensors alike: planning remembers what it knows of a layout
 def replicated(num_dims: int, world_size: int) -> Layout:
     return Layout((1,) * num_dims, (tuple(range(world_size)),))
 
 
+@cache
 def sharded(num_dims: int, dim: int, ranks: tuple[int, ...]) -> Layout:
     return Layout(tuple(len(ranks) if d == dim else 1 for d in range(num_dims)), tuple((rank,) for rank in ranks))
 
