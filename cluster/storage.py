@@ -10,7 +10,7 @@ Promises that every store keeps, because the commit rule of checkpoints rests on
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, cast
@@ -58,14 +58,18 @@ class Storage(Protocol):
     def read_into(self, key: str, offset: int, target: memoryview) -> None:
         """Fills `target` from byte `offset` on. Raises FileNotFoundError; StorageError where the object is shorter."""
 
+    def list_dirs(self, prefix: str) -> Sequence[str]:
+        """Names directly under the directory `prefix` ("" or ending in "/") that have objects below them, sorted."""
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects whose key starts with `prefix`, recursively, in key order; uncommitted uploads are not among them."""
 
-    def list_dirs(self, prefix: str) -> list[str]:
-        """Names directly under the directory `prefix` ("" or ending in "/") that have objects below them, sorted."""
-
     def delete(self, key: str) -> None:
-        """No error where there is no such object."""
+        """No error where there is no such object. Deletions survive a crash in the order in which they were made."""
+
+    def discard_uploads(self, prefix: str, before: float) -> int:
+        """Removes what killed processes left behind: uncommitted uploads below the directory `prefix` ("" or ending
+        in "/"), last written before `before` (seconds since the epoch, by the store's clock). Returns how many."""
 
 
 _STORES = {"file": "dtrain.cluster.filestore:FileStorage"}

@@ -1,0 +1,183 @@
+"""Who writes what: a pure function of the specs, so that every rank decides alike without talking. Torch-free.
+
+Parts of tensors are grouped by the ranks that hold them. A group's bytes, laid end to end, are cut evenly among its
+owners, inside tensors too, but only between slices of a part's first dim that is longer than 1: what a rank writes of
+a part is then one box that is contiguous in the part.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from dtrain.cluster.errors import CheckpointError
+from dtrain.runtime.checkpoint.dtypes import item_bytes
+from dtrain.runtime.checkpoint.grid import part_box
+from dtrain.runtime.checkpoint.manifest import BoxesRule, GridRule, TensorInfo
+from dtrain.strategies.boxes import Box, Layout, TensorSpec
+
+Owners = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A box of a named tensor that one rank writes; never empty."""
+
+    name: str
+    box: Box
+
+
+@dataclass(slots=True)
+class _Group:
+    """The parts that the same ranks hold. `position` runs over the group's bytes while parts are dealt out."""
+
+    owners: Owners
+    total: int = 0
+    position: int = 0
+    bounds: list[int] = field(default_factory=list)  # bounds[j]: where owner j begins; one more at the end
+
+    def close(self) -> None:
+        num = len(self.owners)
+        self.bounds = [self.total * owner // num for owner in range(num + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One part of a tensor in its group: bytes [begin, begin + num_slices * slice_bytes) of the group."""
+
+    box: Box
+    dim: int  # the dim that is cut
+    num_slices: int
+    slice_bytes: int
+    begin: int
+
+    def cut(self, bound: int) -> int:
+        """The slice boundary nearest to a byte position of the group; monotonic, so neighbours agree."""
+        nearest = (2 * (bound - self.begin) + self.slice_bytes) // (2 * self.slice_bytes)
+        return min(max(nearest, 0), self.num_slices)
+
+    def slices(self, first: int, last: int) -> Box:
+        if first == 0 and last == self.num_slices:
+            return self.box
+        offsets, shape = list(self.box.offsets), list(self.box.shape)
+        offsets[self.dim] += first
+        shape[self.dim] = last - first
+        return Box(tuple(offsets), tuple(shape))
+
+
+class _Groups:
+    """The groups of all layouts seen; remembers each layout's, as most tensors share a few layouts."""
+
+    def __init__(self, world_size: int, rank: int | None) -> None:
+        self._world_size = world_size
+        self._rank = rank  # only parts that this rank holds; None: all parts
+        self._of_layout: dict[int, list[tuple[int, _Group]]] = {}
+        self._of_owners: dict[Owners, _Group] = {}
+
+    def of(self, layout: Layout) -> list[tuple[int, _Group]]:
+        """(index of the part, its group). The caller keeps the layout alive, so its id stays its own."""
+        found = self._of_layout.get(id(layout))
+        if found is None:
+            found = [
+                (index, self._group(owners))
+                for index, owners in enumerate(layout.owners)
+                if self._rank is None or self._rank in owners
+            ]
+            self._of_layout[id(layout)] = found
+        return found
+
+    def _group(self, owners: Owners) -> _Group:
+        if owners not in self._of_owners:
+            if not owners or not all(0 <= owner < self._world_size for owner in owners):
+                raise CheckpointError(f"a layout names the owners {owners} in a world of {self._world_size} ranks")
+            self._of_owners[owners] = _Group(owners)
+        return self._of_owners[owners]
+
+    def close(self) -> None:
+        for group in self._of_owners.values():
+            group.close()
+
+
+def plan_shares(specs: Sequence[TensorSpec], rank: int, world_size: int) -> list[Share]:
+    """What `rank` writes. Over all ranks the shares cover every element of every tensor exactly once."""
+    groups = _Groups(world_size, rank)
+    _measure(specs, groups)
+    shares = []
+    for spec in specs:
+        for part, group in _parts(spec, groups):
+            place = group.owners.index(rank)
+            first, last = part.cut(group.bounds[place]), part.cut(group.bounds[place + 1])
+            if first < last:
+                shares.append(Share(name=spec.name, box=part.slices(first, last)))
+    return shares
+
+
+def manifest_tensors(specs: Sequence[TensorSpec], world_size: int) -> dict[str, TensorInfo]:
+    """Every tensor with the rule that says which writer (rank) holds what: what plan_shares() gives for all ranks."""
+    # One owner a part: nothing is dealt out, and all tensors of the layout share one rule.
+    layouts = {id(spec.layout): spec.layout for spec in specs}
+    rules = {key: _owners_rule(layout) for key, layout in layouts.items()}
+    groups = _Groups(world_size, None)
+    _measure([spec for spec in specs if rules[id(spec.layout)] is None], groups)
+    return {
+        spec.name: TensorInfo(
+            dtype=spec.dtype, shape=spec.shape, layout=rules[id(spec.layout)] or _dealt_rule(spec, groups)
+        )
+        for spec in specs
+    }
+
+
+def _measure(specs: Sequence[TensorSpec], groups: _Groups) -> None:
+    for spec in specs:
+        item = item_bytes(spec.dtype)
+        for index, group in groups.of(spec.layout):
+            group.total += part_box(spec.shape, spec.layout.parts, index).num_elements * item
+    groups.close()
+
+
+def _parts(spec: TensorSpec, groups: _Groups) -> Iterator[tuple[_Part, _Group]]:
+    """The parts that hold elements, each with its place in its group."""
+    item = item_bytes(spec.dtype)
+    for index, group in groups.of(spec.layout):
+        box = part_box(spec.shape, spec.layout.parts, index)
+        elements = box.num_elements
+        if elements == 0:
+            continue
+        dim = next((d for d, size in enumerate(box.shape) if size > 1), 0)
+        num_slices = box.shape[dim] if box.shape else 1
+        yield _Part(box, dim, num_slices, elements * item // num_slices, group.position), group
+        group.position += elements * item
+
+
+def _owners_rule(layout: Layout) -> GridRule | None:
+    if any(len(owners) != 1 for owners in layout.owners):
+        return None
+    return GridRule(parts=layout.parts, writers=_runs([owners[0] for owners in layout.owners]))
+
+
+def _dealt_rule(spec: TensorSpec, groups: _Groups) -> GridRule | BoxesRule:
+    pieces = [list(_pieces(part, group)) for part, group in _parts(spec, groups)]
+    if len(pieces) == len(spec.layout.owners) and all(len(piece) == 1 for piece in pieces):
+        return GridRule(parts=spec.layout.parts, writers=_runs([writer for ((writer, _),) in pieces]))
+    return BoxesRule(boxes=tuple(piece for part in pieces for piece in part))
+
+
+def _pieces(part: _Part, group: _Group) -> Iterator[tuple[int, Box]]:
+    """(owner, what it writes of the part)."""
+    place, first = bisect_right(group.bounds, part.begin) - 1, 0
+    while first < part.num_slices:
+        last = part.cut(group.bounds[place + 1])
+        if first < last:
+            yield group.owners[place], part.slices(first, last)
+        first, place = last, place + 1
+
+
+def _runs(writers: list[int]) -> tuple[tuple[int, int], ...]:
+    runs: list[tuple[int, int]] = []
+    for writer in writers:
+        if runs and sum(runs[-1]) == writer:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((writer, 1))
+    return tuple(runs)

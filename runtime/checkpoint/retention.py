@@ -1,0 +1,75 @@
+"""Deleting what is no longer needed, so that a crash at any point leaves every remaining checkpoint loadable: a
+manifest goes before the files that only it names, and a file only when no committed manifest names it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.cluster.errors import CorruptCheckpoint
+from dtrain.cluster.storage import ObjectInfo, Storage
+from dtrain.runtime.checkpoint import names
+from dtrain.runtime.checkpoint.attempts import CheckpointInfo, check_fence, live_checkpoints, newest_attempt
+from dtrain.runtime.checkpoint.read import read_manifest
+
+LEASE_S = 3600.0  # a file younger than this may belong to a save that is still going on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deleted:
+    checkpoints: tuple[CheckpointInfo, ...]
+    keys: tuple[str, ...]  # of files, manifests not among them
+
+
+def apply_retention(storage: Storage, *, keep: int, attempt: int | None = None, lease_s: float = LEASE_S) -> Deleted:
+    """Keeps the newest `keep` live checkpoints. `attempt`: who asks; raises FencedError where a newer one has begun."""
+    infos = live_checkpoints(storage)
+    kept, doomed = _divide(infos, keep)
+    named = _named_keys(storage, kept)
+    if attempt is not None:
+        check_fence(storage, attempt)
+    for info in doomed:
+        storage.delete(names.manifest_key(info.dir))
+    objects = list(storage.list("step-"))
+    # By the store's clock: the newest object, as a rule our own commit, was written about now.
+    expired_before = max((info.modified_at for info in objects), default=0.0) - lease_s
+    emptied = {info.dir for info in doomed}
+    newest = newest_attempt(storage)
+    keys = [
+        info.key for info in objects if info.key not in named and _is_garbage(info, emptied, newest, expired_before)
+    ]
+    for key in keys:
+        storage.delete(key)
+    storage.discard_uploads("", expired_before)
+    return Deleted(checkpoints=tuple(doomed), keys=tuple(keys))
+
+
+def _divide(infos: Sequence[CheckpointInfo], keep: int) -> tuple[list[CheckpointInfo], list[CheckpointInfo]]:
+    """(kept, doomed), the oldest doomed one first. With nothing live all is kept: then the line is not understood."""
+    live = [info for info in infos if info.live]
+    kept = live[-keep:] if live else list(infos)
+    return kept, [info for info in infos if info not in kept]
+
+
+def _named_keys(storage: Storage, kept: Sequence[CheckpointInfo]) -> set[str]:
+    """What the kept checkpoints need. A damaged one can't say: its own directory is left as it is."""
+    keys = set()
+    for info in kept:
+        keys.add(names.manifest_key(info.dir))
+        try:
+            manifest = read_manifest(storage, info.step, info.attempt)
+        except CorruptCheckpoint:
+            keys |= {found.key for found in storage.list(f"{info.dir}/")}
+            continue
+        for file in manifest.files:
+            keys |= {manifest.key(file, file.name), manifest.key(file, file.index)}
+    return keys
+
+
+def _is_garbage(info: ObjectInfo, emptied: set[str], newest: int, expired_before: float) -> bool:
+    """For a file that no kept manifest names: whether nobody can still be writing it."""
+    directory, _, name = info.key.partition("/")
+    place = names.parse_step_dir(directory)
+    if place is None or name == names.MANIFEST:  # not ours; or a commit since we looked
+        return False
+    return directory in emptied or (place[1] < newest and info.modified_at < expired_before)
