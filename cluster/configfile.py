@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from dtrain.cluster.errors import Problem
 
 Scalar = str | int | float | bool | None
@@ -321,10 +322,10 @@ def describe(node: Node) -> str:
     return "a list" if isinstance(value, list) else "a mapping"
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """The candidate that `word` most likely means; "" where none is near."""
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
+    """The candidate that `word` most likely means; "" where none is near (difflib's ratio below `cutoff`)."""
     names = list(dict.fromkeys(candidates))
     folded = {name.lower().replace("-", "_"): name for name in reversed(names)}
     wanted = word.lower().replace("-", "_")
-    near = difflib.get_close_matches(wanted, folded, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(wanted, folded, n=1, cutoff=cutoff)
     return folded[near[0]] if near else ""

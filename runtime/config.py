@@ -153,7 +153,9 @@ class DataConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     steps: int = field(metadata={"doc": "optimizer steps of the whole run", "min": 1})
-    seed: int = field(default=0, metadata={"doc": "initial weights, sample order and random numbers follow from it"})
+    seed: int = field(
+        default=0, metadata={"doc": "initial weights, sample order and random numbers follow from it", "min": 0}
+    )
     precision: Literal["fp32", "bf16"] = field(
         default="fp32", metadata={"doc": "bf16: autocast for the forward, parameters and optimizer state stay fp32"}
     )

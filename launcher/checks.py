@@ -1,0 +1,129 @@
+"""What the sections of a config ask of each other and of this machine, found before anything starts. Changes nothing.
+
+Each check gets only sections that were bound without a problem, so one mistake is not reported twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from dtrain.cluster.errors import Problem, UsageError
+from dtrain.cluster.jobplan import ClusterConfig
+from dtrain.cluster.storage import open_storage
+from dtrain.launcher.topology import shape_nodes
+from dtrain.runtime.config import CheckpointConfig, DataConfig, ScheduleConfig, Target, TrainConfig
+from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.layout import check_layout
+
+Found = Iterator[tuple[str, str]]  # key, message
+
+# What an agent tells its workers (cluster/workerenv.py): a config that sets one would break the job.
+_RESERVED = frozenset(
+    (
+        *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+        *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+        *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    )
+)
+
+
+def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gpus: int, cores: int) -> list[Problem]:
+    """`values`: the bound sections by key; `where(key)`: a key's place; `gpus` and `cores`: what this machine has."""
+
+    def check_cluster(strategy: StrategyConfig, cluster: ClusterConfig) -> Found:
+        return _cluster(strategy, cluster, gpus, cores)
+
+    checks: tuple[tuple[tuple[str, ...], Callable[..., Found]], ...] = (
+        (("train", "data"), _batches),
+        (("train", "schedule"), _schedule),
+        (("strategy", "cluster"), check_cluster),
+        (("checkpoint",), _checkpoint),
+        (("run_dir",), _run_dir),
+    )
+    problems: list[Problem] = []
+    for needed, check in checks:
+        if all(key in values for key in needed):
+            found = check(*(values[key] for key in needed))
+            problems += [Problem(where=where(key), key=key, message=message) for key, message in found]
+    return problems
+
+
+def _batches(train: TrainConfig, data: DataConfig) -> Found:
+    if train.micro_batch is not None and train.micro_batch > data.batch_size:
+        yield (
+            "train.micro_batch",
+            f"{train.micro_batch} samples are more than data.batch_size {data.batch_size}, those of a whole step. "
+            f"Set at most {data.batch_size}, or leave it out.",
+        )
+    if train.eval_every is not None and data.eval is None:
+        yield "train.eval_every", "there is nothing to evaluate on: set data.eval, or leave it out."
+    if train.clip_grad_norm == 0:
+        yield "train.clip_grad_norm", "0 would clip every gradient to nothing. Leave it out for no clipping."
+
+
+def _schedule(train: TrainConfig, schedule: ScheduleConfig | Target) -> Found:
+    if isinstance(schedule, Target):
+        return
+    steps = f"train.steps {train.steps}"
+    if schedule.warmup > train.steps:
+        yield "schedule.warmup", f"{schedule.warmup} steps are more than {steps}. Set fewer."
+    if schedule.name == "wsd" and schedule.decay == 0:
+        yield (
+            "schedule.decay",
+            f"wsd needs the number of its last steps. For example: decay: {max(1, train.steps // 5)}",
+        )
+    elif schedule.name != "wsd" and schedule.decay:
+        yield "schedule.decay", f"belongs to wsd; {schedule.name} decays by itself. Leave it out, or set name: wsd."
+    elif schedule.warmup <= train.steps < schedule.warmup + schedule.decay:
+        both = f"warmup {schedule.warmup} + decay {schedule.decay} = {schedule.warmup + schedule.decay} steps"
+        yield "schedule.decay", f"{both}, but {steps}. Set fewer."
+
+
+def _cluster(strategy: StrategyConfig, cluster: ClusterConfig, gpus: int, cores: int) -> Found:
+    shape = shape_nodes(cluster, gpus=gpus, cores=cores)
+    yield from check_layout(strategy, cluster.nodes, shape.procs_per_node)
+    if 0 < shape.gpus_per_node < shape.procs_per_node:
+        yield (
+            "cluster.procs_per_node",
+            f"{shape.procs_per_node} workers a node, but a GPU takes one and a node has {shape.gpus_per_node}. "
+            f"Set {shape.gpus_per_node} or auto; to train on CPUs, export CUDA_VISIBLE_DEVICES= (empty).",
+        )
+    for name in cluster.env:
+        if name in _RESERVED or name.startswith("DTRAIN_"):
+            yield f"cluster.env.{name}", "is set by dtrain for each worker. Leave it out."
+        elif not name or "=" in name or "\0" in name:
+            yield f"cluster.env.{name}", "is no name of an environment variable."
+
+
+def _checkpoint(checkpoint: CheckpointConfig) -> Found:
+    try:
+        open_storage(checkpoint.url)
+    except UsageError as error:
+        yield "checkpoint.url", str(error).removeprefix("checkpoint.url: ")
+        return
+    parts = urlsplit(checkpoint.url)
+    path = Path(unquote(parts.path)) if "://" in checkpoint.url else Path(checkpoint.url)
+    if parts.scheme in ("", "file") and (obstacle := directory_obstacle(path)):
+        yield "checkpoint.url", obstacle
+
+
+def _run_dir(run_dir: str) -> Found:
+    if obstacle := directory_obstacle(Path(run_dir)):
+        yield "run_dir", obstacle
+
+
+def directory_obstacle(path: Path) -> str:
+    """Why `path` can't be made or used as a directory that we write to; "" where it can. Nothing is created."""
+    place = path
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        return f"{place} is a file, and a directory is needed there. Choose another path, or move the file away."
+    if not os.access(place, os.W_OK | os.X_OK):
+        what = "is not writable" if place == path else f"cannot be made: {place} is not writable"
+        return f"{path} {what}. Choose another path."
+    return ""

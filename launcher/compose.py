@@ -1,0 +1,221 @@
+"""A config file, `key=value` words and options -> a LaunchConfig, or a ConfigError with every problem at once.
+
+The sections belong to their folders; here they are put together, checked against each other, and compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dtrain.cluster.bind import FieldSpec, Schema, bind_fields, expand_short_forms, fill_defaults, plain, schema_of
+from dtrain.cluster.configfile import DEFAULT, Node, dump_yaml, read_file
+from dtrain.cluster.devices import count_gpus, usable_cores
+from dtrain.cluster.errors import ConfigError, Problem
+from dtrain.cluster.jobplan import ClusterConfig
+from dtrain.cluster.layers import layer_of, merge_layers, parse_overrides
+from dtrain.cluster.references import resolve_references
+from dtrain.launcher.checks import check_sections
+from dtrain.runtime.config import RunConfig
+from dtrain.strategies.config import StrategyConfig
+
+# Another model, data, optimizer, loss, seed or batch is another training; everything else may change on the way.
+IDENTITY = {
+    "model": ("model",),
+    "data": ("data.train", "data.collate", "data.shuffle"),
+    "optimizer": ("optimizer",),
+    "loss": ("loss",),
+    "count": ("count",),
+    "seed": ("train.seed",),
+    "batch_size": ("data.batch_size",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """All that a launch needs to know, checked. `resolved` is the same as plain values, every default included."""
+
+    path: str  # of the config file, absolute
+    name: str
+    run_dir: str  # absolute
+    run: RunConfig
+    strategy: StrategyConfig
+    cluster: ClusterConfig
+    resolved: dict[str, Any]
+    origins: dict[str, str]  # key path -> "file:line", "command line", "--nodes" or "default"
+
+
+def launch_schema(default_name: str | None = None) -> Schema:
+    """Every top-level key. `default_name`: the name of a run whose config gives none."""
+    run = schema_of(RunConfig)
+    name = replace(run["name"], default=default_name) if default_name is not None else run["name"]
+    doc = "a directory that the submitting host and all nodes share, made when missing"
+    return {
+        "name": name,
+        "run_dir": FieldSpec(hint=str, default="runs/${name}", metadata={"doc": doc}),
+        **{key: spec for key, spec in run.items() if key != "name"},
+        "strategy": FieldSpec(
+            hint=StrategyConfig, default=StrategyConfig(), metadata={"doc": "how the model is spread over the ranks"}
+        ),
+        "cluster": FieldSpec(
+            hint=ClusterConfig, default=ClusterConfig(), metadata={"doc": "which engine starts the processes"}
+        ),
+    }
+
+
+def load_config(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    nodes: int | None = None,
+    backend: str | None = None,
+    name: str | None = None,
+    run_dir: str | None = None,
+) -> LaunchConfig:
+    """Raises ConfigError. Options win over `overrides`, which win over the file; relative paths start at the working
+    directory."""
+    schema = launch_schema(Path(path).stem)
+
+    def expand(node: Node) -> Node:
+        return expand_short_forms(schema, node)
+
+    file, problems = read_file(path)
+    words, word_problems = parse_overrides(overrides, expand)
+    problems = [*problems, *word_problems]
+    if file is None:
+        raise ConfigError(problems)
+    layers = [file, words, *_option_layers(nodes=nodes, backend=backend, name=name, run_dir=run_dir)]
+    merged, merge_problems = merge_layers(layers, expand)
+    tree, reference_problems = resolve_references(
+        fill_defaults(schema, merged), os.environ, {"run_dir": os.path.abspath, "checkpoint.url": _absolute_url}
+    )
+    values, bind_problems = bind_fields(schema, tree)
+    cross_problems = check_sections(
+        values, lambda key: _place(tree, key, os.fspath(path)), gpus=count_gpus(), cores=usable_cores()
+    )
+    problems += [*merge_problems, *reference_problems, *bind_problems, *cross_problems]
+    if problems:
+        raise ConfigError(_in_order(problems, os.fspath(path)))
+    return _build(os.path.abspath(path), tree, values)
+
+
+def _option_layers(**options: str | int | None) -> list[Node]:
+    keys = {"nodes": "cluster.nodes", "backend": "cluster.backend", "name": "name", "run_dir": "run_dir"}
+    return [
+        layer_of({keys[option]: value}, f"--{option.replace('_', '-')}")
+        for option, value in options.items()
+        if value is not None
+    ]
+
+
+def _absolute_url(url: str) -> str:
+    return url if "://" in url or not url else os.path.abspath(url)
+
+
+def _build(path: str, tree: Node, values: dict[str, Any]) -> LaunchConfig:
+    run_keys = schema_of(RunConfig)
+    resolved = {key: plain(value) for key, value in values.items()}
+    return LaunchConfig(
+        path=path,
+        name=values["name"],
+        run_dir=values["run_dir"],
+        run=RunConfig(**{key: value for key, value in values.items() if key in run_keys}),
+        strategy=values["strategy"],
+        cluster=values["cluster"],
+        resolved=resolved,
+        origins={key: _place(tree, key, DEFAULT) for key in flatten(resolved)},
+    )
+
+
+def _place(tree: Node, key: str, otherwise: str) -> str:
+    """Where `key` was set; where it was not, the place of the innermost section around it that was."""
+    node, place = tree, otherwise
+    for part in key.split("."):
+        if isinstance(node.value, dict) and part in node.value:
+            node = node.value[part]
+        elif isinstance(node.value, list) and part.isdigit() and int(part) < len(node.value):
+            node = node.value[int(part)]
+        else:
+            break
+        place = node.where if node.where != DEFAULT or otherwise == DEFAULT else place
+    return place
+
+
+def _in_order(problems: Sequence[Problem], path: str) -> list[Problem]:
+    """By line of the file, then the rest; each once. What goes wrong with a default is the file's to change."""
+    placed = dict.fromkeys(replace(p, where=path) if p.where in (DEFAULT, "") else p for p in problems)
+
+    def line(problem: Problem) -> tuple[int, int]:
+        file, _, number = problem.where.rpartition(":")
+        if file == path and number.isdigit():
+            return 0, int(number)
+        return (0, 0) if problem.where == path else (1, 0)
+
+    return sorted(placed, key=line)
+
+
+def dump_resolved(config: LaunchConfig) -> str:
+    """The text of the run directory's config.yaml: runtime.config.read_run_config reads it back equal."""
+    return "# Resolved by dtrain: what the nodes read. Change your own config, not this file.\n" + dump_yaml(
+        config.resolved
+    )
+
+
+# ---- identity ----
+
+
+def fingerprint(config: LaunchConfig) -> dict[str, str]:
+    """A digest for each section that makes a training what it is."""
+    flat = flatten(config.resolved)
+    return {section: _digest(_under(flat, prefixes)) for section, prefixes in IDENTITY.items()}
+
+
+def diff_identity(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """`model.layers: 4 -> 6` for everything that differs between two resolved configs: first what makes the new one
+    another training, then the rest."""
+    before, after = flatten(old), flatten(new)
+    own = [prefix for prefixes in IDENTITY.values() for prefix in prefixes]
+    identity: list[str] = []
+    rest: list[str] = []
+    for key in dict.fromkeys([*after, *before]):
+        if _same(before.get(key), after.get(key)):  # a key that one version does not know is as good as null
+            continue
+        line = f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        (identity if _under({key: None}, own) else rest).append(line)
+    return identity, rest
+
+
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """The leaves by key path; empty lists and mappings are leaves."""
+    children = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(children, Mapping) or not children:
+        return {key: value}
+    leaves: dict[str, Any] = {}
+    for name, child in children.items():
+        leaves |= flatten(child, f"{key}.{name}" if key else str(name))
+    return leaves
+
+
+def _under(flat: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+    }
+
+
+def _same(old: Any, new: Any) -> bool:
+    return bool(old == new or (old != old and new != new))  # nan is nan
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    return dump_yaml(flat[key], flow=True) if key in flat else "(not there)"

@@ -1,0 +1,37 @@
+"""LaunchConfig -> JobPlan: every `auto` of the cluster section decided. Starts and writes nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from dtrain.cluster.devices import count_gpus, usable_cores
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.launcher.compose import LaunchConfig
+from dtrain.launcher.topology import shape_nodes
+
+
+def make_plan(
+    config: LaunchConfig, *, job_id: str, argv: Sequence[str], cwd: str, python: str = sys.executable
+) -> JobPlan:
+    """Modules are found from the config's own directory first, then from `cwd`, then in the environment of `python`."""
+    shape = shape_nodes(config.cluster, gpus=count_gpus(), cores=usable_cores())
+    return JobPlan(
+        name=config.name,
+        run_dir=config.run_dir,
+        job_id=job_id,
+        backend=config.cluster.backend,
+        nodes=config.cluster.nodes,
+        procs_per_node=shape.procs_per_node,
+        gpus_per_node=shape.gpus_per_node,
+        threads_per_proc=shape.threads_per_proc,
+        python=os.path.abspath(python),  # not realpath: a virtual environment is known by its link
+        argv=tuple(argv),
+        cwd=os.path.abspath(cwd),
+        sys_path=tuple(dict.fromkeys((os.path.dirname(config.path), os.path.abspath(cwd)))),
+        env=dict(config.cluster.env),
+        checkpoint_url=config.run.checkpoint.url,
+        workers=config.run.recovery.workers,
+        max_restarts_without_progress=config.run.recovery.max_restarts_without_progress,
+    )

@@ -1,0 +1,216 @@
+"""Whether the config's targets can be imported and take their keywords, asked in a child process of the nodes' Python.
+
+So the command line stays free of torch, and a module that prints, hangs or crashes harms nothing. Only imports and
+signatures are looked at; nothing is constructed. Run as a module, this file is the child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from dtrain.cluster.errors import Problem
+
+if TYPE_CHECKING:
+    from dtrain.launcher.compose import LaunchConfig
+    from dtrain.runtime.config import Target
+
+_MODULE = "dtrain.launcher.targetcheck"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetCheck:
+    """One target and how the runtime will call it."""
+
+    key: str
+    where: str
+    target: str
+    keywords: tuple[str, ...]
+    num_positional: int
+    instance: bool  # called many times, so a class is instantiated with the keywords alone
+    settings: tuple[str, ...] = ()  # of an optimizer's groups
+
+
+def check_targets(config: LaunchConfig, python: str, sys_path: Sequence[str], timeout_s: float = 120) -> list[Problem]:
+    """Problems with the file:line of each `_target_`. `sys_path` goes in front of the child's module search path.
+
+    A target that takes its child down costs only itself: the ones after it are asked in another child.
+    """
+    environ = {**config.cluster.env, **os.environ, "PYTHONSAFEPATH": "1"}  # what was exported wins, as for workers
+    problems: list[Problem] = []
+    pending = target_checks(config)
+    while pending:
+        answer = _ask(python, pending, sys_path, environ, timeout_s)
+        if not answer.begun:
+            return [*problems, Problem(where="", key="", message=_no_child(python, answer))]
+        problems += [
+            Problem(where=check.where, key=f"{check.key}._target_", message=message)
+            for check, messages in zip(pending, answer.messages, strict=False)
+            for message in messages
+        ]
+        pending = pending[len(answer.messages) :]
+        if pending:
+            stuck, *pending = pending
+            words = f' It said last: "{answer.last_words}".' if answer.last_words else ""
+            message = f"importing {stuck.target} {answer.end}.{words} A module must import without training or exiting."
+            problems.append(Problem(where=stuck.where, key=f"{stuck.key}._target_", message=message))
+        if answer.timed_out:
+            break  # each of the others might take as long
+    return problems
+
+
+def target_checks(config: LaunchConfig) -> list[TargetCheck]:
+    """Every target of the config, with the way in which the runtime calls it."""
+    from dtrain.runtime.config import Target
+
+    run = config.run
+    schedule = run.schedule if isinstance(run.schedule, Target) else None
+    table: tuple[tuple[str, Target | None, int, bool], ...] = (
+        ("model", run.model, 0, False),
+        ("data.train", run.data.train, 0, False),
+        ("data.eval", run.data.eval, 0, False),
+        ("data.collate", run.data.collate, 1, True),
+        ("optimizer", run.optimizer.target, 1, False),
+        ("schedule", schedule, 1, False),
+        ("loss", run.loss, 2, True),
+        ("count", run.count, 1, True),
+        ("on_end", run.on_end, 1, True),
+    )
+    settings = dict.fromkeys(name for group in run.optimizer.groups for name in group.settings)
+    return [
+        TargetCheck(
+            key=key,
+            where=target.where,
+            target=target.target,
+            keywords=tuple(target.kwargs),
+            num_positional=num_positional,
+            instance=instance,
+            settings=tuple(settings) if key == "optimizer" else (),
+        )
+        for key, target, num_positional, instance in table
+        if target is not None
+    ]
+
+
+def _as_json(check: TargetCheck) -> dict[str, Any]:
+    return {
+        "target": check.target,
+        "keywords": check.keywords,
+        "num_positional": check.num_positional,
+        "instance": check.instance,
+        "settings": check.settings,
+    }
+
+
+# ---- the parent ----
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    begun: bool  # the child got as far as its first target
+    messages: tuple[tuple[str, ...], ...]  # one entry for each target that was checked to the end
+    end: str  # how the child ended, in words
+    timed_out: bool
+    last_words: str  # the last line that it printed
+
+
+def _ask(
+    python: str, checks: Sequence[TargetCheck], sys_path: Sequence[str], environ: Mapping[str, str], timeout_s: float
+) -> _Answer:
+    request = json.dumps({"sys_path": list(sys_path), "checks": [_as_json(check) for check in checks]})
+    with tempfile.TemporaryFile() as stderr:
+        output, end, timed_out = _run_child(python, request, environ, stderr, timeout_s)
+        stderr.seek(0)
+        said = stderr.read().decode(errors="replace").splitlines()
+    lines = [json.loads(line) for line in output.split(b"\n") if line.startswith(b"{") and line.endswith(b"}")]
+    return _Answer(
+        begun=bool(lines),
+        messages=tuple(tuple(line["messages"]) for line in lines if "messages" in line),
+        end=end or "ended its process",
+        timed_out=timed_out,
+        last_words=next((line.strip() for line in reversed(said) if line.strip()), ""),
+    )
+
+
+def _run_child(
+    python: str, request: str, environ: Mapping[str, str], stderr: IO[bytes], timeout_s: float
+) -> tuple[bytes, str, bool]:
+    """Standard output, how it ended in words, and whether that was for the time."""
+    try:
+        child = subprocess.Popen(
+            [python, "-m", _MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=dict(environ),
+            start_new_session=True,  # so that a timeout or Ctrl-C can end what the user's modules have started, too
+        )
+    except OSError as error:
+        return b"", f"cannot be started: {error.strerror}", False
+    try:
+        output, _ = child.communicate(request.encode(), timeout=timeout_s)
+        return output, _ended(child.returncode), False
+    except subprocess.TimeoutExpired as error:
+        return error.output or b"", f"took longer than {timeout_s:g} s", True
+    finally:
+        _end_session(child)
+
+
+def _end_session(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe and not pipe.closed:
+            pipe.close()
+
+
+def _ended(code: int) -> str:
+    if code < 0:
+        return f"ended its process: {signal.strsignal(-code) or f'signal {-code}'}"
+    return f"ended its process with exit code {code}"
+
+
+def _no_child(python: str, answer: _Answer) -> str:
+    if "No module named" in answer.last_words and "dtrain" in answer.last_words:
+        return f"the nodes' Python {python} has no dtrain. Install it there: {python} -m pip install dtrain"
+    words = f": {answer.last_words}" if answer.last_words else ""
+    return f"the nodes' Python {python} {answer.end}{words}. Take a working Python of 3.11 or newer that has dtrain."
+
+
+# ---- the child ----
+
+
+def _main() -> None:
+    request = json.loads(sys.stdin.buffer.read())
+    # What the user's modules print, from C too, must not mix with the answers; and nobody answers their questions.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.pop("PYTHONSAFEPATH", None)
+    sys.path[:0] = request["sys_path"]
+    for index, check in enumerate(request["checks"]):
+        print(json.dumps({"begun": index}), file=answers, flush=True)
+        print(json.dumps({"messages": _messages(check)}), file=answers, flush=True)
+    os._exit(0)  # threads or exit handlers of the user's modules have no say
+
+
+def _messages(check: Mapping[str, Any]) -> list[str]:
+    from dtrain.runtime.config import Target
+    from dtrain.runtime.targets import check as check_call
+    from dtrain.runtime.targets import check_settings
+
+    target = Target(target=check["target"], kwargs=dict.fromkeys(check["keywords"]))
+    found = check_call(target, check["num_positional"], instance=check["instance"])
+    return [message for message in (found, check_settings(target, check["settings"])) if message]
+
+
+if __name__ == "__main__":
+    _main()
