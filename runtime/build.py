@@ -1,0 +1,131 @@
+"""From the config to live objects: model, optimizer, strategy. What was chosen, and why, comes back in words."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dtrain.cluster.errors import UsageError
+from dtrain.runtime import targets
+from dtrain.runtime.config import OptimizerConfig, RunConfig, Target
+from dtrain.runtime.data import seed_everything
+from dtrain.runtime.ranks import Ranks
+from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.fsdp import units
+from dtrain.strategies.protocol import ModelSpec, Topology, Wrapped
+from dtrain.strategies.registry import choose, get_strategy
+from torch import nn
+
+# Optimizers whose update of one element depends on that element alone; others see another tensor when it is cut.
+_NOT_ELEMENTWISE = {"LBFGS", "Adafactor", "Muon"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    strategy: str
+    why: str
+    num_parameters: int
+
+
+def build_model(target: Target, seed: int) -> nn.Module:
+    """On CPU, the same bits on every rank. Raises UsageError for what is no module."""
+    seed_everything(seed)
+    model = targets.build(target)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: {target.target} returned {type(model).__name__}, not a torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"model: {target.target} has no parameter that requires a gradient")
+    return model
+
+
+def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Raises UsageError for a group that matches nothing."""
+    optimizer = targets.build(config.target, _groups(config, model))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"optimizer: {config.target.target} returned {type(optimizer).__name__}, not an Optimizer")
+    return optimizer
+
+
+def _groups(config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """One group a pattern, first match wins, and one for the rest."""
+    left = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = []
+    for group in config.groups:
+        names = [name for name in left if fnmatch.fnmatchcase(name, group.match)]
+        if not names:
+            some = ", ".join(list(dict(model.named_parameters()))[:12])
+            raise UsageError(f"optimizer.groups: {group.match!r} matches no parameter that is left. There are: {some}")
+        groups.append({"params": [left.pop(name) for name in names], **group.settings})
+    if left:
+        groups.insert(0, {"params": list(left.values())})
+    return groups
+
+
+def build(config: RunConfig, strategy_config: StrategyConfig, ranks: Ranks, nodes: int) -> tuple[Wrapped, Chosen]:
+    """Collective. Raises UsageError where the pieces do not fit."""
+    topology = Topology(
+        global_rank=ranks.global_rank, world_size=ranks.world_size, nodes=nodes, device_type=ranks.device.type
+    )
+    model = build_model(config.model, config.train.seed)
+    spec = _measure(model, strategy_config)
+    name: str = strategy_config.name
+    why = "asked for"
+    if name == "auto":
+        name, why = choose(spec, topology, device_memory_bytes(ranks))
+    strategy = get_strategy(name)
+    problems = [*strategy.check(strategy_config, topology), *_unfit(strategy.caps, config, ranks.device.type, name)]
+    if problems:
+        raise UsageError("\n".join(f"strategy: {problem}" for problem in problems))
+    wrapped = strategy.materialize(
+        model, lambda m: make_optimizer(config.optimizer, m), strategy_config, topology, ranks.device
+    )
+    return wrapped, Chosen(strategy=name, why=why, num_parameters=spec.num_parameters)
+
+
+def _unfit(caps: Any, config: RunConfig, device_type: str, name: str) -> Sequence[str]:
+    problems = []
+    if device_type not in caps.devices:
+        problems.append(f"{name} does not run on {device_type}")
+    if config.train.precision not in caps.precisions:
+        problems.append(f"{name} does not compute in {config.train.precision}")
+    optimizer = targets.resolve(config.optimizer.target.target)
+    whole = getattr(optimizer, "elementwise", optimizer.__name__ not in _NOT_ELEMENTWISE) is False
+    if caps.elementwise_optimizer and whole:
+        problems.append(
+            f"{name} cuts parameters into shards, and the update of {config.optimizer.target.target} is not "
+            "elementwise: it would change. Use ddp, or another optimizer"
+        )
+    return problems
+
+
+def _measure(model: nn.Module, config: StrategyConfig) -> ModelSpec:
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+
+    parts = [size(module) for _, module in units(model, config.wrap)]
+    return ModelSpec(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        parameter_bytes=size(model),
+        largest_unit_bytes=max([*parts, size(model) - sum(parts)]),
+    )
+
+
+def device_memory_bytes(ranks: Ranks) -> int:
+    """The smallest over the ranks: all must choose alike. On CPU a rank's share of the machine's memory."""
+    if ranks.device.type == "cuda":
+        mine = torch.cuda.get_device_properties(ranks.device).total_memory
+    else:
+        mine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks.world_size
+    if ranks.world_size > 1:
+        smallest = torch.tensor(mine)
+        torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
+        mine = int(smallest)
+    return mine
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

@@ -1,0 +1,224 @@
+"""From a map-style data set to this rank's micro-batches of each step.
+
+The order comes from order.py; random numbers inside the data set are keyed by (seed, position of the sample), so that
+an augmentation does not depend on world size, loader processes or interruptions. Iterable data sets are refused here.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from dtrain.cluster.errors import UsageError
+from dtrain.runtime.order import mix, num_micro_batches, rank_slice, sample_indices
+from dtrain.strategies.protocol import MicroBatch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+Count = Callable[[Any], float]
+_POLL_S = 0.1
+
+
+def seed_everything(*words: int) -> None:
+    """Python's, numpy's (where it is loaded) and torch's generators, from one key."""
+    key = mix(*words)
+    random.seed(key)
+    if "numpy" in sys.modules:
+        np.random.seed(key & 0xFFFFFFFF)
+    torch.manual_seed(key & (2**63 - 1))
+
+
+def check_dataset(dataset: object, key: str) -> int:
+    """Its length. Raises UsageError for what is no map-style data set."""
+    if isinstance(dataset, IterableDataset):
+        raise UsageError(f"{key}: {type(dataset).__name__} is an IterableDataset; a map-style Dataset is needed")
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UsageError(f"{key}: {type(dataset).__name__} has no __len__ and __getitem__; return a map-style Dataset")
+    length = len(cast(Sized, dataset))
+    if length == 0:
+        raise UsageError(f"{key}: the data set is empty")
+    return length
+
+
+class _Positioned(Dataset[Any]):
+    """The data set addressed by (position in the stream, index), with its random numbers keyed by the position."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+
+    def __getitem__(self, where: tuple[int, int]) -> Any:
+        position, index = where
+        seed_everything(self._seed, 0x5A3F, position)
+        return self._dataset[index]
+
+
+class BatchPlan:
+    """Which samples this rank sees in each micro-batch of each step; pure arithmetic."""
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        rank: int,
+        world_size: int,
+        micro_batch: int | None,
+        start_step: int = 0,
+        start_position: int = 0,
+    ) -> None:
+        self._num_samples = num_samples
+        self._seed = seed
+        self._shuffle = shuffle
+        self._batch_size = batch_size
+        self._mine = rank_slice(batch_size, rank, world_size)
+        self._start_step = start_step
+        self._start_position = start_position
+        self.num_micro_batches = num_micro_batches(batch_size, world_size, micro_batch)
+
+    def position(self, step: int) -> int:
+        """Positions of the stream used up when `step` is done: what the checkpoint of that step holds."""
+        return self._start_position + (step - self._start_step) * self._batch_size
+
+    def micro_batches(self, step: int) -> list[tuple[list[tuple[int, int]], int]]:
+        """[(positions with their indices, how many of them count)]. A micro-batch without samples borrows one."""
+        first = self.position(step - 1)
+        positions = np.arange(first + self._mine.start, first + max(self._mine.stop, self._mine.start + 1))
+        indices = sample_indices(positions, self._num_samples, self._seed, shuffle=self._shuffle)
+        pairs = list(zip(positions.tolist(), indices.tolist(), strict=True))
+        size, parts = len(self._mine), self.num_micro_batches
+        result = []
+        for part in range(parts):
+            chunk = pairs[part * size // parts : (part + 1) * size // parts]
+            result.append((chunk or pairs[:1], len(chunk)))
+        return result
+
+
+class Batches:
+    """This rank's micro-batches, step after step. `next(step)` polls `interrupted` while it waits for loader
+    processes and then returns None: the rank takes part in the stop although it has no data."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        plan: BatchPlan,
+        *,
+        seed: int,
+        start_step: int,
+        steps: int,
+        collate: Callable[[list[Any]], Any] | None,
+        count: Count,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self._plan = plan
+        self._steps = range(start_step + 1, steps + 1)
+        self._count = count
+        self._device = device
+        loader: DataLoader[Any] = DataLoader(
+            _Positioned(dataset, seed),
+            batch_sampler=cast(Any, self._sampler()),
+            num_workers=workers,
+            collate_fn=collate or default_collate,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator().manual_seed(0),
+            persistent_workers=False,
+        )
+        self._loaded: Iterator[Any] = iter(loader)
+        self._queue: queue.Queue[Any] | None = None
+        if workers:
+            # A thread waits for the loader processes, so that this one can see a stop request. Without loader
+            # processes samples are read right here: the data set's random numbers are this process's.
+            self._queue = queue.Queue(maxsize=1)
+            threading.Thread(target=self._pump, name="dtrain-loader", daemon=True).start()
+
+    def _sampler(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self._steps:
+            for pairs, _ in self._plan.micro_batches(step):
+                yield pairs
+
+    def _pump(self) -> None:
+        assert self._queue is not None
+        try:
+            for batch in self._loaded:
+                self._queue.put(batch)
+        except BaseException as error:
+            self._queue.put(error)
+
+    def next(self, step: int, interrupted: Callable[[], bool]) -> list[MicroBatch] | None:
+        """Raises what the data set raised."""
+        result = []
+        for pairs, weight in self._plan.micro_batches(step):
+            batch = self._take(interrupted)
+            if batch is None:
+                return None
+            count = float(self._count(batch)) if weight else 0.0
+            indices = tuple(index for _, index in pairs[:weight])
+            result.append(MicroBatch(batch=to_device(batch, self._device), count=count, weight=weight, indices=indices))
+        return result
+
+    def _take(self, interrupted: Callable[[], bool]) -> Any:
+        if self._queue is None:
+            return None if interrupted() else next(self._loaded)
+        while True:
+            try:
+                batch = self._queue.get(timeout=_POLL_S)
+            except queue.Empty:
+                if interrupted():
+                    return None
+                continue
+            if isinstance(batch, BaseException):
+                raise batch
+            return batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors anywhere in dicts, lists and tuples, moved without waiting."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def first_tensor(batch: Any) -> torch.Tensor | None:
+    if isinstance(batch, torch.Tensor):
+        return batch
+    values: Sequence[Any] = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if isinstance(values, list | tuple):
+        for value in values:
+            if (found := first_tensor(value)) is not None:
+                return found
+    return None
+
+
+def count_samples(batch: Any) -> float:
+    """The default of `count`: the first dim of the first tensor."""
+    tensor = first_tensor(batch)
+    if tensor is None or tensor.ndim == 0:
+        raise UsageError(
+            f"count: can't see how many samples a batch of type {type(batch).__name__} holds. "
+            "Set `count: {_target_: ...}`, a callable(batch) -> number"
+        )
+    return float(tensor.shape[0])
+
+
+def count_tokens(batch: Any) -> int | None:
+    """Tokens of a batch where they are plain to see: the first tensor is (batch, sequence) of whole numbers."""
+    tensor = first_tensor(batch)
+    if tensor is None or tensor.ndim != 2 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return None
+    return tensor.numel()

@@ -1,0 +1,99 @@
+"""Between the training loop and the checkpoints: when a save is due, what goes into it, and how state comes back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.cluster.errors import CheckpointError, StorageError
+from dtrain.cluster.storage import Storage
+from dtrain.runtime.checkpoint.load import load_tensors
+from dtrain.runtime.checkpoint.manifest import Manifest
+from dtrain.runtime.checkpoint.read import read_manifest
+from dtrain.runtime.checkpoint.save import Checkpointer
+from dtrain.runtime.config import Interval
+from dtrain.runtime.report import Reporter
+from dtrain.strategies.protocol import Wrapped
+from dtrain.strategies.state import canonical_state, load_canonical
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    step: int
+    position: int
+    world_size: int
+    strategy: str
+
+
+class CheckpointSaves:
+    """Keeps trainer.Saves. A periodic save that fails is reported and the run goes on; two in a row, or a failed last
+    one, are an error: a run must not end as if its state were safe."""
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        wrapped: Wrapped,
+        report: Reporter,
+        *,
+        every: Interval | None,
+        world_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._checkpointer = checkpointer
+        self._wrapped = wrapped
+        self._report = report
+        self._every = every or Interval()
+        self._world_size = world_size
+        self._clock = clock
+        self._last = clock()
+        self._failed = False
+
+    def due(self, step: int) -> bool:
+        if self._every.steps is not None:
+            return step % self._every.steps == 0
+        return self._every.seconds is not None and self._clock() - self._last >= self._every.seconds
+
+    def save(self, step: int, position: int) -> None:
+        """Returns when the state has been copied: training may go on."""
+        self._settle(last=False)
+        specs, local, values = canonical_state(self._wrapped.module, self._wrapped.optimizer, self._world_size)
+        state = {"step": step, "position": position, "optimizer": values}
+        self._checkpointer.save(step, specs, local, state)
+        self._last = self._clock()
+
+    def wait(self) -> None:
+        self._settle(last=True)
+
+    def _settle(self, *, last: bool) -> None:
+        try:
+            self._checkpointer.wait()
+        except (CheckpointError, StorageError) as error:
+            if last or self._failed:
+                raise
+            self._failed = True
+            self._report.event("checkpoint_failed", message=str(error))
+        else:
+            self._failed = False
+
+
+def restore(storage: Storage, step: int, attempt: int, wrapped: Wrapped, world_size: int) -> Restored:
+    """Fills model and optimizer from one committed checkpoint. Raises CheckpointError, CorruptCheckpoint."""
+    manifest: Manifest = read_manifest(storage, step, attempt)
+    saved = {name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items()}
+    state: dict[str, Any] = manifest.state
+    load_canonical(
+        wrapped.module,
+        wrapped.optimizer,
+        saved,
+        state["optimizer"],
+        lambda requests: load_tensors(storage, manifest, requests),
+        world_size,
+    )
+    return Restored(
+        step=step,
+        position=int(state["position"]),
+        world_size=manifest.world_size,
+        strategy=str(manifest.strategy.get("name")),
+    )

@@ -1,0 +1,185 @@
+"""The training loop: steps, stops, evaluations and saves. Everything that it uses is handed to it, built.
+
+One small sum over all ranks opens every step: whether somebody was asked to stop, whether a save is due, and what the
+loss is a mean over. So ranks agree without a collective in a signal handler, and without one more message.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from dtrain.runtime.config import TrainConfig
+from dtrain.runtime.data import Batches, BatchPlan, count_tokens, seed_everything
+from dtrain.runtime.metrics import MetricsLog
+from dtrain.runtime.progress import Phase, ProgressWriter
+from dtrain.runtime.ranks import Ranks
+from dtrain.runtime.report import Reporter
+from dtrain.runtime.schedules import Schedule
+from dtrain.runtime.task import Loss, forward
+from dtrain.strategies.protocol import MicroBatch, StepOptions, StepResult, Wrapped
+from dtrain.strategies.step import NonFinite, run_step
+from torch import nn
+
+
+class Outcome(Enum):
+    DONE = "done"
+    STOPPED = "stopped"
+
+
+class Saves(Protocol):
+    """When and how state is kept; see saving.py."""
+
+    def due(self, step: int) -> bool: ...
+
+    def save(self, step: int, position: int) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    config: TrainConfig
+    wrapped: Wrapped
+    schedule: Schedule
+    plan: BatchPlan
+    batches: Batches
+    loss: Loss
+    autocast: Callable[[], Any]
+    ranks: Ranks
+    saves: Saves
+    evaluate: Callable[[nn.Module], dict[str, float] | None] | None
+    metrics: MetricsLog | None  # on global rank 0
+    progress: ProgressWriter
+    report: Reporter
+    stop_requested: Callable[[], bool]
+    attempt: int
+    start_step: int
+    batch_size: int
+    saved: list[int] = field(default_factory=list)
+
+
+def train(job: Training) -> Outcome:
+    """Runs the steps after `start_step`. Raises what the user's code raised, and NonFinite. Collective."""
+    job.wrapped.module.train()
+    for step in range(job.start_step + 1, job.config.steps + 1):
+        began = time.perf_counter()
+        job.progress.step(step)
+        job.progress.phase(Phase.DATA)
+        micro_batches = job.batches.next(step, job.stop_requested)
+        stop, save_due, count = _agree(job, step, micro_batches)
+        if stop or micro_batches is None:
+            return _stop(job, step - 1)
+        lr = job.schedule.set_rate(step)
+        seed_everything(job.config.seed, 0x57E9, step, job.ranks.global_rank)
+        result = _step(job, step, micro_batches, count, lr)
+        _record(job, step, micro_batches, result, lr, time.perf_counter() - began)
+        if job.evaluate and (step == job.config.steps or (job.config.eval_every and step % job.config.eval_every == 0)):
+            _evaluate(job, step)
+        if save_due or step == job.config.steps:
+            _save(job, step)
+    job.progress.phase(Phase.FINISHING)
+    job.saves.wait()
+    return Outcome.DONE
+
+
+def _agree(job: Training, step: int, micro_batches: list[MicroBatch] | None) -> tuple[bool, bool, float]:
+    """(somebody stops, a save is due after this step, the count of the global batch): the same on every rank."""
+    stops = float(micro_batches is None or job.stop_requested())
+    due = float(job.ranks.global_rank == 0 and job.saves.due(step))
+    count = sum(micro.count for micro in micro_batches or ())
+    job.progress.collective()
+    stop, save_due, total = job.ranks.all_reduce([stops, due, count])
+    return stop > 0, save_due > 0, total
+
+
+def _step(job: Training, step: int, micro_batches: list[MicroBatch], count: float, lr: float) -> StepResult:
+    options = StepOptions(
+        total_count=count,
+        clip_grad_norm=job.config.clip_grad_norm,
+        autocast=job.autocast,
+        forward=forward,
+        loss=job.loss,
+        all_reduce=job.ranks.all_reduce,
+        on_phase=lambda name: job.progress.phase(Phase[name.upper()]),
+    )
+    try:
+        result = run_step(job.wrapped, micro_batches, options)
+    except NonFinite as error:
+        if job.metrics:
+            loss = error.value if error.what == "loss" else None
+            norm = error.value if error.what == "gradient norm" else None
+            job.metrics.write({"step": step, "attempt": job.attempt, "loss": loss, "lr": lr, "grad_norm": norm})
+        raise
+    _share_batch_statistics(job.wrapped.module, job.ranks)
+    return result
+
+
+def _record(
+    job: Training, step: int, micro_batches: list[MicroBatch], result: StepResult, lr: float, step_s: float
+) -> None:
+    job.progress.done(step)
+    if job.metrics is None:
+        return
+    record: dict[str, Any] = {
+        "step": step,
+        "attempt": job.attempt,
+        "loss": float(np.float32(result.loss)),
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "samples_per_s": round(job.batch_size / step_s, 3),
+        "step_s": round(step_s, 6),
+        "memory_bytes": _peak_memory(job.ranks.device),
+    }
+    tokens = [count_tokens(micro.batch) for micro in micro_batches if micro.weight]
+    samples = sum(micro.weight for micro in micro_batches)
+    if tokens and all(tokens) and samples:  # every rank's samples look alike
+        record["tokens_per_s"] = round(sum(t for t in tokens if t) / samples * job.batch_size / step_s, 1)
+    job.metrics.write(record)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _evaluate(job: Training, step: int) -> None:
+    assert job.evaluate
+    job.progress.phase(Phase.EVALUATING)
+    found = job.evaluate(job.wrapped.module)
+    job.wrapped.sync.settle()
+    if found is not None and job.ranks.global_rank == 0:
+        job.report.event("evaluated", step=step, metrics=found)
+
+
+def _save(job: Training, step: int) -> None:
+    job.progress.phase(Phase.SAVING)
+    job.saves.save(step, job.plan.position(step))
+    job.saved.append(step)
+
+
+def _stop(job: Training, step: int) -> Outcome:
+    """`step` is done on every rank and none has begun the next."""
+    if step > job.start_step and step not in job.saved[-1:]:
+        _save(job, step)
+    job.progress.phase(Phase.FINISHING)
+    job.saves.wait()
+    return Outcome.STOPPED
+
+
+def _share_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Batch statistics are of each rank's own samples; all take rank 0's, as torch's DistributedDataParallel does, so
+    that the state that is saved is one state."""
+    if ranks.world_size == 1:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for buffer in module.buffers(recurse=False):
+                torch.distributed.broadcast(buffer, 0)

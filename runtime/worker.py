@@ -1,0 +1,246 @@
+"""One rank, from its environment to its exit code: join, build, restore, train, leave.
+
+Started by the agent, warm (forked) or plainly; knows nothing of schedulers. Exit codes: cluster/exits.py.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dtrain.cluster import exits
+from dtrain.cluster.errors import UsageError
+from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.storage import Storage, open_storage
+from dtrain.cluster.workerenv import WorkerEnv
+from dtrain.runtime import targets
+from dtrain.runtime.build import Chosen, build, has_batch_statistics
+from dtrain.runtime.checkpoint.save import Checkpointer, Committed
+from dtrain.runtime.config import RunConfig, parse_interval, read_run_config
+from dtrain.runtime.data import Batches, BatchPlan, check_dataset, count_samples, seed_everything
+from dtrain.runtime.evaluate import evaluate
+from dtrain.runtime.metrics import MetricsLog
+from dtrain.runtime.progress import Phase, ProgressWriter
+from dtrain.runtime.ranks import Ranks, process_group
+from dtrain.runtime.report import Reporter
+from dtrain.runtime.saving import CheckpointSaves, Restored, restore
+from dtrain.runtime.schedules import make_schedule
+from dtrain.runtime.task import autocast, make_loss
+from dtrain.runtime.trainer import Outcome, Training, train
+from dtrain.strategies.protocol import Wrapped
+from dtrain.strategies.step import NonFinite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where this rank is and through what it talks."""
+
+    env: WorkerEnv
+    run: RunDir
+    storage: Storage
+    ranks: Ranks
+    progress: ProgressWriter
+    report: Reporter
+    stop_requested: Callable[[], bool]
+
+
+def main(env: WorkerEnv) -> int:
+    """Never raises: what goes wrong is reported and becomes an exit code."""
+    stop = _stop_flag()
+    report = Reporter(env.report_fd)
+    progress = ProgressWriter(env.progress_fd, attempt=env.attempt, global_rank=env.global_rank)
+    try:
+        return _run(env, stop, progress, report)
+    except BaseException as error:
+        return _report_failure(error, report)
+
+
+def _stop_flag() -> Callable[[], bool]:
+    """SIGTERM sets a flag, nothing more. SIGINT belongs to the launching process."""
+    flag = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: flag.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return flag.is_set
+
+
+def _run(env: WorkerEnv, stop: Callable[[], bool], progress: ProgressWriter, report: Reporter) -> int:
+    run = RunDir(env.run_dir)
+    config, strategy_config = read_run_config(run.config)
+    storage = open_storage(config.checkpoint.url)
+    with process_group(env) as ranks:
+        place = Place(
+            env=env, run=run, storage=storage, ranks=ranks, progress=progress, report=report, stop_requested=stop
+        )
+        wrapped, chosen = build(config, strategy_config, ranks, env.num_nodes)
+        outcome = _train(config, place, wrapped, chosen)
+        if outcome is Outcome.DONE:
+            _finish(config, place, wrapped)
+    return exits.DONE if outcome is Outcome.DONE else exits.STOPPED
+
+
+def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> Outcome:
+    env, ranks = place.env, place.ranks
+    dataset = targets.build(config.data.train)
+    num_samples = check_dataset(dataset, "data.train")
+    peak_schedule = make_schedule(config.schedule, wrapped.optimizer, config.train.steps, env.resume_step)
+    restored = _restore(place, wrapped)
+    plan = BatchPlan(
+        num_samples,
+        batch_size=config.data.batch_size,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        rank=ranks.global_rank,
+        world_size=ranks.world_size,
+        micro_batch=config.train.micro_batch,
+        start_step=restored.step if restored else 0,
+        start_position=restored.position if restored else 0,
+    )
+    if ranks.global_rank == 0:
+        lines = describe(config, chosen, plan, env, num_samples, wrapped)
+        place.report.event("chosen", strategy=chosen.strategy, why=chosen.why, lines=lines)
+    start_step = restored.step if restored else 0
+    saves = _saves(config, place, wrapped, chosen)
+    metrics = MetricsLog(place.run.metrics, start_step) if ranks.global_rank == 0 else None
+    count = targets.as_callable(config.count) if config.count else count_samples
+    collate = targets.as_callable(config.data.collate) if config.data.collate else None
+    loss = make_loss(config.loss)
+    context = autocast(config.train.precision, ranks.device, cache=chosen.strategy != "fsdp")
+    batches = Batches(
+        dataset,
+        plan,
+        seed=config.train.seed,
+        start_step=start_step,
+        steps=config.train.steps,
+        collate=collate,
+        count=count,
+        workers=config.data.workers,
+        device=ranks.device,
+    )
+    eval_set = targets.build(config.data.eval) if config.data.eval else None
+
+    def run_evaluation(model: torch.nn.Module) -> dict[str, float] | None:
+        return evaluate(
+            model,
+            eval_set,
+            ranks,
+            batch_size=config.data.batch_size,
+            micro_batch=config.train.micro_batch,
+            collate=collate,
+            count=count,
+            loss=loss,
+            autocast=context,
+            stop_requested=place.stop_requested,
+        )
+
+    job = Training(
+        config=config.train,
+        wrapped=wrapped,
+        schedule=peak_schedule,
+        plan=plan,
+        batches=batches,
+        loss=loss,
+        autocast=context,
+        ranks=ranks,
+        saves=saves,
+        evaluate=run_evaluation if eval_set is not None else None,
+        metrics=metrics,
+        progress=place.progress,
+        report=place.report,
+        stop_requested=place.stop_requested,
+        attempt=env.attempt,
+        start_step=start_step,
+        batch_size=config.data.batch_size,
+    )
+    return train(job)
+
+
+def _restore(place: Place, wrapped: Wrapped) -> Restored | None:
+    env = place.env
+    if not env.resume_step:
+        return None
+    place.progress.phase(Phase.RESTORING)
+    restored = restore(place.storage, env.resume_step, env.resume_attempt, wrapped, env.world_size)
+    if env.global_rank == 0:
+        place.report.event(
+            "resumed",
+            step=restored.step,
+            from_attempt=env.resume_attempt,
+            strategy=restored.strategy,
+            world_size=restored.world_size,
+        )
+    return restored
+
+
+def _saves(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> CheckpointSaves:
+    env = place.env
+
+    def on_commit(done: Committed) -> None:
+        place.report.event("checkpoint_committed", step=done.step, bytes=done.bytes, seconds=round(done.seconds, 3))
+
+    checkpointer = Checkpointer(
+        place.storage,
+        attempt=env.attempt,
+        rank=env.global_rank,
+        world_size=env.world_size,
+        strategy={"name": chosen.strategy},
+        board=place.ranks.board,
+        on_commit=on_commit,
+        keep=config.checkpoint.keep,
+    )
+    every = parse_interval(config.checkpoint.every) if config.checkpoint.every is not None else None
+    return CheckpointSaves(checkpointer, wrapped, place.report, every=every, world_size=env.world_size)
+
+
+def _finish(config: RunConfig, place: Place, wrapped: Wrapped) -> None:
+    """The user's on_end, on every rank: a sharded model's forward needs them all. Rank 0's word counts."""
+    if config.on_end is None:
+        return
+    place.progress.phase(Phase.FINISHING)
+    seed_everything(config.train.seed, 0xE4D)
+    wrapped.module.eval()
+    with torch.no_grad():
+        result: Any = targets.as_callable(config.on_end)(wrapped.module)
+    if place.ranks.global_rank == 0 and result is not None:
+        place.report.event("result", text=str(result))
+
+
+def describe(
+    config: RunConfig, chosen: Chosen, plan: BatchPlan, env: WorkerEnv, num_samples: int, wrapped: Wrapped
+) -> list[str]:
+    """What was chosen and why, for a person."""
+    batch, steps = config.data.batch_size, config.train.steps
+    each = -(-batch // env.world_size)
+    device = torch.cuda.get_device_name() if env.device.startswith("cuda") else "CPU"
+    accumulation = f", in {plan.num_micro_batches} micro-batches" if plan.num_micro_batches > 1 else ""
+    lines = [
+        f"model     {chosen.num_parameters:,} parameters, {config.train.precision}",
+        f"strategy  {chosen.strategy} over {env.world_size} x {device} ({chosen.why})",
+        f"batch     {batch} samples a step, up to {each} a rank{accumulation}",
+        f"data      {num_samples:,} samples, {steps} steps = {steps * batch / num_samples:.2f} epochs",
+    ]
+    if has_batch_statistics(wrapped.module):
+        lines.append("note      batch-norm statistics are those of rank 0's samples: the curve depends on the layout")
+    return lines
+
+
+def _report_failure(error: BaseException, report: Reporter) -> int:
+    """What the exception does not say itself; report.py classifies the rest."""
+    if isinstance(error, NonFinite):
+        report.failure(error, kind="nonfinite", victim=not error.here)
+    elif isinstance(error, UsageError):
+        report.failure(error, kind="config")
+        return exits.NEVER_RETRY
+    else:
+        report.failure(error)
+    return exits.FAILED
+
+
+if __name__ == "__main__":
+    import os
+
+    sys.exit(main(WorkerEnv.from_environ(os.environ)))

@@ -1,0 +1,150 @@
+"""Replicated data parallelism: every rank holds the whole model, gradients are summed in buckets during backward.
+
+Not torch's DistributedDataParallel: that rebuilds its buckets after the first step, so a run resumed at 3 or more ranks
+sums in another order than the one it continues, and differs in the last bits. Here the buckets never change.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 << 20  # DDP's default; the first bucket is small so that communication starts early
+FIRST_BUCKET_BYTES = 1 << 20
+
+
+class _Bucket:
+    """A flat buffer of gradients, with one more element a parameter: how many ranks produced a gradient for it."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        sizes = [p.numel() for p in parameters]
+        first = parameters[0]
+        self.buffer = torch.zeros(sum(sizes) + len(sizes), dtype=first.dtype, device=first.device)
+        *flat, self.produced = torch.split(self.buffer, [*sizes, len(sizes)])
+        self.views = tuple(part.view(p.shape) for part, p in zip(flat, parameters, strict=True))
+        self.missing: set[int] = set()  # parameters without a gradient in this step so far
+        self.pending: set[int] = set()  # parameters that the last micro-batch's backward has not reached
+        self.work: dist.Work | None = None
+
+    def reset(self) -> None:
+        self.buffer.zero_()
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            parameter.grad = view
+        self.missing = set(range(len(self.parameters)))
+        self.pending = set(self.missing)
+
+
+class BucketedAllReduce:
+    """Sums gradients over the ranks of `group`, bucket by bucket in one fixed order, while backward goes on.
+
+    A parameter that took part on no rank keeps no gradient, as in one process.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        # Backward reaches the last registered parameters first.
+        self._buckets = [_Bucket(chunk) for chunk in _split([p for p in reversed(parameters) if p.requires_grad])]
+        self._next = 0
+        self._last = False
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._make_hook(bucket, index))  # type: ignore[no-untyped-call]
+            for bucket in self._buckets
+            for index, parameter in enumerate(bucket.parameters)
+        ]
+
+    def zero(self) -> None:
+        for bucket in self._buckets:
+            bucket.reset()
+        self._next = 0
+
+    def begin(self, *, last: bool) -> None:
+        self._last = last
+
+    def settle(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        while self._next < len(self._buckets):  # buckets with parameters that had no part in the last micro-batch
+            self._reduce(self._buckets[self._next])
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
+            bucket.work = None
+            if bucket.missing:
+                produced = bucket.produced.tolist()
+                for index in bucket.missing:
+                    if produced[index] == 0:
+                        bucket.parameters[index].grad = None
+
+    def _make_hook(self, bucket: _Bucket, index: int) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            bucket.missing.discard(index)
+            if not self._last:
+                return
+            bucket.pending.discard(index)
+            while self._next < len(self._buckets) and not self._buckets[self._next].pending:
+                self._reduce(self._buckets[self._next])
+
+        return hook
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        for index in range(len(bucket.parameters)):
+            if index not in bucket.missing:
+                bucket.produced[index] = 1.0
+        bucket.work = dist.all_reduce(bucket.buffer, group=self._group, async_op=True)
+        self._next += 1
+
+
+def _split(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Buckets of one dtype and device each, filled in order up to the limit."""
+    chunks: list[list[nn.Parameter]] = []
+    open_chunks: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    filled: dict[int, int] = defaultdict(int)
+    for parameter in parameters:
+        key = (parameter.dtype, parameter.device)
+        chunk = open_chunks.get(key)
+        limit = FIRST_BUCKET_BYTES if chunk is not None and chunk is chunks[0] else BUCKET_BYTES
+        if chunk is None or filled[id(chunk)] >= limit:
+            chunk = open_chunks[key] = []
+            chunks.append(chunk)
+        chunk.append(parameter)
+        filled[id(chunk)] += parameter.numel() * parameter.element_size()
+    return chunks
+
+
+class Ddp:
+    name = "ddp"
+    caps = Caps(devices=frozenset({"cpu", "cuda"}), precisions=frozenset({"fp32", "bf16"}))
+
+    def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
+        return ()
+
+    def predict(self, model: ModelSpec, topology: Topology) -> Prediction:
+        return Prediction(
+            parameters=model.parameter_bytes,
+            gradients=model.parameter_bytes,
+            optimizer=model.optimizer_slots * model.parameter_bytes,
+            transient=0,
+        )
+
+    def materialize(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        config: StrategyConfig,
+        topology: Topology,
+        device: torch.device,
+    ) -> Wrapped:
+        model.to(device)
+        optimizer = make_optimizer(model)
+        return Wrapped(module=model, optimizer=optimizer, sync=BucketedAllReduce(list(model.parameters())))
+
+
+strategy = Ddp()

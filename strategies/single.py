@@ -1,0 +1,63 @@
+"""One rank: nothing to spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalGradients:
+    optimizer: torch.optim.Optimizer
+
+    def begin(self, *, last: bool) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def zero(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def settle(self) -> None:
+        pass
+
+
+class Single:
+    name = "single"
+    caps = Caps(devices=frozenset({"cpu", "cuda"}), precisions=frozenset({"fp32", "bf16"}))
+
+    def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
+        if topology.world_size == 1:
+            return ()
+        return (
+            f"single is one rank, but the job has {topology.world_size}. Use ddp or fsdp, or one node and process.",
+        )
+
+    def predict(self, model: ModelSpec, topology: Topology) -> Prediction:
+        return Prediction(
+            parameters=model.parameter_bytes,
+            gradients=model.parameter_bytes,
+            optimizer=model.optimizer_slots * model.parameter_bytes,
+            transient=0,
+        )
+
+    def materialize(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        config: StrategyConfig,
+        topology: Topology,
+        device: torch.device,
+    ) -> Wrapped:
+        model.to(device)
+        optimizer = make_optimizer(model)
+        return Wrapped(module=model, optimizer=optimizer, sync=LocalGradients(optimizer=optimizer))
+
+
+strategy = Single()

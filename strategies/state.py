@@ -1,0 +1,170 @@
+"""Canonical state: model and optimizer as boxes of globally named tensors, whatever the layout.
+
+Names: `model.<fqn>` and `optim.<fqn>.<key>`. A tied parameter has one name, the first that named_parameters() gives.
+What is not a tensor in the optimizer's state comes back as JSON values beside the tensors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from dtrain.cluster.errors import CheckpointError
+from dtrain.strategies.boxes import Box, Layout, TensorSpec, grid_boxes, replicated
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+Local = dict[str, list[tuple[Box, Tensor]]]
+Reader = Callable[[Iterable[tuple[str, Box, Tensor]]], None]
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def canonical_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int
+) -> tuple[list[TensorSpec], Local, dict[str, dict[str, Any]]]:
+    """(specs, equal on every rank; this rank's boxes as views of the live tensors; optimizer values that are no
+    tensors, by parameter name and key). No communication."""
+    specs: list[TensorSpec] = []
+    local: Local = {}
+    for name, tensor in _named_tensors(model, optimizer):
+        spec, boxes = describe(name, tensor, world_size)
+        specs.append(spec)
+        local[name] = boxes
+    values = {
+        name: plain
+        for name, parameter in model.named_parameters()
+        if (plain := {k: v for k, v in optimizer.state.get(parameter, {}).items() if not isinstance(v, Tensor)})
+    }
+    return specs, local, values
+
+
+def _named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield f"model.{name}", parameter.detach()
+    for name, buffer in persistent_buffers(model):
+        yield f"model.{name}", buffer
+    for name, parameter in model.named_parameters():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            if isinstance(value, Tensor):
+                yield f"optim.{name}.{key}", value
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    kept = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+def describe(name: str, tensor: Tensor, world_size: int) -> tuple[TensorSpec, list[tuple[Box, Tensor]]]:
+    """Where one tensor lies: its spec, and the boxes that this rank holds."""
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(f"{name}: tensors of {tensor.dtype} can't be checkpointed")
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        layout = replicated(len(shape), world_size)
+        boxes = [(Box((0,) * len(shape), shape), tensor)]
+    else:
+        layout = dtensor_layout(tensor)
+        rank = torch.distributed.get_rank()
+        cells = grid_boxes(shape, layout.parts)
+        (mine,) = (cell for cell, owners in zip(cells, layout.owners, strict=True) if rank in owners)
+        boxes = [(mine, tensor.to_local())]
+    return TensorSpec(name=name, dtype=DTYPES[tensor.dtype], shape=shape, layout=layout), boxes
+
+
+def dtensor_layout(tensor: DTensor) -> Layout:
+    """The grid that a DTensor's placements spell out over its mesh."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    shards = {p.dim: axis for axis, p in enumerate(placements) if isinstance(p, Shard)}
+    if any(type(p) not in (Shard, Replicate) for p in placements) or len(shards) < sum(
+        isinstance(p, Shard) for p in placements
+    ):
+        raise CheckpointError(f"no canonical layout for placements {placements}")
+    parts = tuple(mesh.size(shards[dim]) if dim in shards else 1 for dim in range(tensor.ndim))
+    owners = []
+    for cell in product(*(range(p) for p in parts)):
+        index: list[Any] = [slice(None)] * mesh.ndim
+        for dim, axis in shards.items():
+            index[axis] = cell[dim]
+        owners.append(tuple(mesh.mesh[tuple(index)].flatten().tolist()))
+    return Layout(parts, tuple(owners))
+
+
+def load_canonical(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, tuple[str, tuple[int, ...]]],  # name -> (dtype, global shape)
+    values: Mapping[str, Mapping[str, Any]],
+    read: Reader,
+    world_size: int,
+) -> None:
+    """Fills model and optimizer from a checkpoint's tensors, whatever layout they were saved in. No communication.
+
+    Raises CheckpointError naming every tensor that is missing or does not fit.
+    """
+    _make_optimizer_state(model, optimizer, saved, values)
+    specs, local, _ = canonical_state(model, optimizer, world_size)
+    problems = list(_mismatches(specs, saved))
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError("the checkpoint does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
+    read((name, box, tensor) for name, boxes in local.items() for box, tensor in boxes if box.num_elements)
+
+
+def _mismatches(specs: Sequence[TensorSpec], saved: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterable[str]:
+    for spec in specs:
+        if spec.name not in saved:
+            yield f"{spec.name}: not in the checkpoint"
+        elif saved[spec.name] != (spec.dtype, spec.shape):
+            dtype, shape = saved[spec.name]
+            yield f"{spec.name}: {dtype} {list(shape)} there, {spec.dtype} {list(spec.shape)} here"
+    for name in sorted(saved.keys() - {spec.name for spec in specs}):
+        yield f"{name}: in the checkpoint, not in this model or optimizer"
+
+
+def _make_optimizer_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, tuple[str, tuple[int, ...]]],
+    values: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Empty tensors for every saved optimizer state, in the layout of their parameter where the shapes agree."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    keys: dict[str, list[str]] = defaultdict(list)  # a state key holds no dot, a parameter's name may
+    for name in saved:
+        if name.startswith("optim."):
+            owner, _, key = name.removeprefix("optim.").rpartition(".")
+            keys[owner].append(key)
+    state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        name = names[parameter]
+        entry: dict[str, Any] = dict(values.get(name, {}))
+        for key in keys[name]:
+            dtype, shape = saved[f"optim.{name}.{key}"]
+            entry[key] = _empty(parameter, _TORCH_DTYPES[dtype], shape)
+        if entry:
+            state[index] = entry
+    # load_state_dict puts each value where the optimizer wants it (a fused Adam's step on the device, for one).
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _empty(parameter: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if shape and tuple(parameter.shape) == shape:
+        return torch.zeros_like(parameter, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype)

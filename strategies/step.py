@@ -1,0 +1,109 @@
+"""One optimizer step over the micro-batches of a global batch: the part that all data-parallel strategies share.
+
+Each backward runs on sum / C, C the count over the whole global batch, and gradients are summed over ranks: the mean
+over the global batch is exact however the samples are spread over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from dtrain.strategies.protocol import MicroBatch, StepOptions, StepResult, Wrapped
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class NonFinite(ArithmeticError):
+    """The loss or the gradient norm of a step is not finite; the update has not been applied.
+
+    `here` says whether this rank's own samples gave it: the others are not to blame.
+    """
+
+    def __init__(self, what: str, value: float, *, here: bool, indices: tuple[int, ...]) -> None:
+        samples = f" Samples of the first such micro-batch on this rank: {list(indices[:16])}." if indices else ""
+        super().__init__(f"{what} is {value}: the update was not applied.{samples}")
+        self.what = what
+        self.value = value
+        self.here = here
+
+
+def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: StepOptions) -> StepResult:
+    """Forward and backward of every micro-batch, exact mean, clip, update. Collective.
+
+    Raises NonFinite on every rank together, before the update.
+    """
+    wrapped.sync.zero()
+    loss_sum, true_count, bad = _accumulate(wrapped, micro_batches, options)
+    loss_sum, true_count, num_bad = options.all_reduce([loss_sum, true_count, float(bad is not None)])
+    if not true_count:
+        raise ValueError(
+            "the counts of this step's micro-batches add up to 0 over all ranks: nothing to take a mean over"
+        )
+    loss = loss_sum / true_count
+    if num_bad:
+        wrapped.sync.zero()
+        raise NonFinite("loss", loss, here=bad is not None, indices=bad.indices if bad else ())
+
+    options.on_phase("optimizer")
+    gradients = [p.grad for group in wrapped.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # Where the loss says itself what it is a mean over, C was only a guess: put it right once, on the sums.
+    correction = options.total_count / true_count
+    norm = _global_norm(gradients, options) * correction
+    if not math.isfinite(norm):
+        wrapped.sync.zero()
+        raise NonFinite("gradient norm", norm, here=True, indices=())
+    scale = correction * _clip_coefficient(norm, options.clip_grad_norm)
+    if scale != 1.0:
+        torch._foreach_mul_([_local(g) for g in gradients], scale)
+    wrapped.optimizer.step()
+    return StepResult(loss=loss, grad_norm=norm, count=true_count)
+
+
+def _accumulate(
+    wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: StepOptions
+) -> tuple[float, float, MicroBatch | None]:
+    """This rank's sum of losses and counts, and its first micro-batch whose loss was not finite."""
+    sums: list[Tensor] = []
+    true_count = 0.0
+    for number, micro in enumerate(micro_batches, start=1):
+        wrapped.sync.begin(last=number == len(micro_batches))
+        options.on_phase("forward")
+        with options.autocast():
+            output = options.forward(wrapped.module, micro.batch)
+            total, count = options.loss(output, micro.batch, micro.count)
+        if micro.weight == 0:  # by where, not by 0 *: a loss of NaN must not leak
+            total, count = torch.where(torch.zeros_like(total, dtype=torch.bool), total, 0.0), 0.0
+        options.on_phase("backward")
+        (total / options.total_count).backward()  # type: ignore[no-untyped-call]
+        sums.append(total.detach().double())
+        true_count += count
+    wrapped.sync.finish()
+    values = torch.stack(sums).tolist()
+    bad = next((m for m, value in zip(micro_batches, values, strict=True) if not math.isfinite(value)), None)
+    return math.fsum(values) if bad is None else math.nan, true_count, bad
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _global_norm(gradients: Iterable[Tensor], options: StepOptions) -> float:
+    """The 2-norm over all axes; a replicated or tied gradient counts once."""
+    replicated: list[Tensor] = []
+    sharded: list[Tensor] = []
+    for gradient in gradients:
+        (sharded if isinstance(gradient, DTensor) else replicated).append(_local(gradient))
+    norm = float(torch.nn.utils.get_total_norm(replicated)) if replicated else 0.0
+    if not sharded:
+        return norm
+    # The world is one sharding axis here; with more axes each would be summed over its own.
+    local = float(torch.nn.utils.get_total_norm(sharded))
+    (square,) = options.all_reduce([local * local])
+    return math.sqrt(norm * norm + square)
+
+
+def _clip_coefficient(norm: float, limit: float | None) -> float:
+    """As torch.nn.utils.clip_grad_norm_ defines it."""
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))

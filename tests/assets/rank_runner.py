@@ -1,0 +1,93 @@
+"""Runs real workers without agents: imports torch once, then forks the ranks of one case after another.
+
+Reads cases on stdin, one JSON object a line: {"run_dir", "world_size", "attempt", "resume": [step, attempt] | null,
+"stop_after": seconds}.
+The run directory holds config.yaml. Prints a JSON list of exit codes for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.distributed
+
+from dtrain.cluster.workerenv import WorkerEnv
+from dtrain.runtime.worker import main as worker_main
+
+
+def open_append(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.dup2(2, 1)  # stdout is for the results
+        resume = case.get("resume") or [0, 0]
+        env = WorkerEnv(
+            run_dir=case["run_dir"],
+            name="case",
+            job_id="job",
+            attempt=case.get("attempt", 1),
+            global_rank=rank,
+            local_rank=rank,
+            node_rank=0,
+            world_size=case["world_size"],
+            local_world_size=case["world_size"],
+            num_nodes=1,
+            master_addr="127.0.0.1",
+            master_port=listener.getsockname()[1],
+            device="cpu",
+            resume_step=resume[0],
+            resume_attempt=resume[1],
+            store_fd=listener.fileno() if rank == 0 else -1,
+            report_fd=open_append(os.path.join(case["run_dir"], f"report-{rank}.jsonl")),
+        )
+        code = worker_main(env)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(case: dict[str, Any]) -> list[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        pids = [start_rank(case, rank, listener) for rank in range(case["world_size"])]
+    if case.get("stop_after"):
+        time.sleep(case["stop_after"])
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+    codes = dict.fromkeys(pids, 0)
+    left = set(pids)
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] not in (0, 85):  # its peers may be stuck in a collective
+            time.sleep(0.2)
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    return [codes[pid] for pid in pids]
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)

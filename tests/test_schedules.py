@@ -1,0 +1,48 @@
+"""Learning-rate schedules: pure functions of the step; a user's own scheduler is brought to a step by replay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dtrain.runtime.config import ScheduleConfig, Target
+from dtrain.runtime.schedules import factor, make_schedule
+
+
+def rates(config: ScheduleConfig, steps: int) -> list[float]:
+    return [factor(config, step, steps) for step in range(1, steps + 1)]
+
+
+def test_shapes() -> None:
+    assert rates(ScheduleConfig(name="constant"), 3) == [1.0, 1.0, 1.0]
+    assert rates(ScheduleConfig(name="constant", warmup=2), 4) == [0.5, 1.0, 1.0, 1.0]
+    assert rates(ScheduleConfig(name="linear", warmup=1), 5) == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    assert rates(ScheduleConfig(name="linear", warmup=1, min_ratio=0.5), 5) == pytest.approx(
+        [1, 0.875, 0.75, 0.625, 0.5]
+    )
+    assert rates(ScheduleConfig(name="cosine", warmup=1), 5)[2] == pytest.approx(0.5)
+    assert rates(ScheduleConfig(name="cosine", min_ratio=0.1), 10)[-1] == pytest.approx(0.1)
+    assert rates(ScheduleConfig(name="wsd", warmup=1, decay=2), 6) == pytest.approx([1, 1, 1, 1, 0.5, 0.0])
+
+
+def make_optimizer() -> torch.optim.Optimizer:
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    return torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.01}], lr=0.1)
+
+
+def test_every_group_keeps_its_own_peak() -> None:
+    optimizer = make_optimizer()
+    schedule = make_schedule(ScheduleConfig(name="linear", warmup=2), optimizer, 4, 0)
+    assert schedule.set_rate(1) == pytest.approx(0.05)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.005])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("StepLR", {"step_size": 3, "gamma": 0.5}), ("CosineAnnealingLR", {"T_max": 10})]
+)
+def test_a_users_scheduler_resumes_exactly(name: str, arguments: dict[str, object]) -> None:
+    target = Target(target=f"torch.optim.lr_scheduler.{name}", kwargs=dict(arguments))
+    whole = make_schedule(target, make_optimizer(), 10, 0)
+    straight = [whole.set_rate(step) for step in range(1, 11)]
+    resumed = make_schedule(target, make_optimizer(), 10, 6)
+    assert [resumed.set_rate(step) for step in range(7, 11)] == straight[6:]
+    assert len(set(straight)) > 2

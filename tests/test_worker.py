@@ -1,0 +1,248 @@
+"""Real workers, without agents: every layout learns the same curve, and any layout continues any other's run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.launcher.compose import dump_resolved, load_config
+
+ASSETS = Path(__file__).parent / "assets"
+STEPS = 50
+BASE: dict[str, Any] = {
+    "model": {"_target_": "parity.Transformer"},
+    "loss": "parity.mean_loss",
+    "data": {"train": {"_target_": "parity.Tokens"}, "batch_size": 13},  # divided by no world size of 2, 3, 4
+    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.001, "groups": [{"match": "*norm*", "weight_decay": 0.0}]},
+    "schedule": {"name": "cosine", "warmup": 5},
+    "train": {"steps": STEPS, "clip_grad_norm": 1.0, "micro_batch": 4},
+}
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+Run = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """run(run_dir, world_size, ...) -> exit codes; one process for the module, which imports torch once."""
+    with subprocess.Popen(
+        [sys.executable, ASSETS / "rank_runner.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
+            print(
+                json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=process.stdin, flush=True
+            )
+            codes: list[int] = json.loads(process.stdout.readline())
+            return codes
+
+        yield run_case
+        process.stdin.close()
+        process.wait(30)
+
+
+def prepare(folder: Path, *overrides: str, base: dict[str, Any] = BASE) -> Path:
+    """A run directory with the resolved config that a launch would leave there."""
+    folder.mkdir(parents=True)
+    config = folder / "cfg.yaml"
+    config.write_text(json.dumps(base))  # JSON is YAML
+    resolved = load_config(config, list(overrides), run_dir=str(folder), name="case")
+    (folder / "config.yaml").write_text(dump_resolved(resolved))
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    records = metrics(folder)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "report-0.jsonl").read_text().splitlines()
+    return [r["event"] for r in map(json.loads, lines) if r["type"] == "event" and r["event"]["type"] == kind]
+
+
+def failure(folder: Path, rank: int = 0) -> dict[str, Any]:
+    lines = (folder / f"report-{rank}.jsonl").read_text().splitlines()
+    (found,) = (r for r in map(json.loads, lines) if r["type"] == "failure")
+    assert isinstance(found, dict)
+    return found
+
+
+def assert_same_curve(found: list[float], wanted: list[float], tolerance: float = 1e-6) -> None:
+    assert len(found) == len(wanted)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+    assert worst <= tolerance, f"relative difference {worst:.2e}"
+
+
+@pytest.fixture(scope="module")
+def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process."""
+    folder = prepare(tmp_path_factory.mktemp("reference") / "run", "strategy=single")
+    assert run(folder, 1) == [0]
+    found = losses(folder)
+    assert len(found) == STEPS
+    assert found[-1] < found[0] - 1
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_every_layout_gives_the_losses_of_one_process(
+    run: Run, reference: list[float], tmp_path: Path, strategy: str, world_size: int
+) -> None:
+    folder = prepare(tmp_path / "run", f"strategy={strategy}")
+    assert run(folder, world_size) == [0] * world_size
+    assert_same_curve(losses(folder), reference)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_more_ranks_than_samples(run: Run, tmp_path: Path, strategy: str) -> None:
+    """Two of four ranks have no sample: they join with a borrowed one that does not count."""
+    one = prepare(tmp_path / "one", "data.batch_size=2", "train.steps=10", "train.micro_batch=null")
+    four = prepare(tmp_path / "four", "data.batch_size=2", "train.steps=10", f"strategy={strategy}")
+    assert run(one, 1) == [0]
+    assert run(four, 4) == [0] * 4
+    assert_same_curve(losses(four), losses(one))
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["count declared", "count from the loss"])
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 3), ("fsdp", 2)])
+def test_a_loss_over_tokens_is_an_exact_mean(
+    run: Run, tmp_path: Path, strategy: str, world_size: int, declared: bool
+) -> None:
+    """Samples have different numbers of targets, so a mean of means would differ."""
+    base = {
+        **BASE,
+        "loss": "parity.token_loss",
+        "data": {"train": {"_target_": "parity.Tokens", "lengths": True}, "batch_size": 7},
+        "train": {"steps": 15, "clip_grad_norm": 1.0},
+    } | ({"count": "parity.count_targets"} if declared else {})
+    one = prepare(tmp_path / "one", base=base)
+    several = prepare(tmp_path / "several", f"strategy={strategy}", "train.micro_batch=2", base=base)
+    assert run(one, 1) == [0]
+    assert run(several, world_size) == [0] * world_size
+    assert_same_curve(losses(several), losses(one))
+    assert metrics(several)[-1]["grad_norm"] == pytest.approx(metrics(one)[-1]["grad_norm"], rel=1e-4)
+
+
+CHANGES = [("ddp", 3, "fsdp", 2), ("fsdp", 2, "ddp", 3), ("single", 1, "fsdp", 4), ("fsdp", 3, "single", 1)]
+
+
+@pytest.mark.parametrize(("strategy", "world_size", "then", "then_size"), CHANGES)
+def test_any_layout_continues_any_others_run(
+    run: Run, reference: list[float], tmp_path: Path, strategy: str, world_size: int, then: str, then_size: int
+) -> None:
+    folder = prepare(tmp_path / "first", f"strategy={strategy}", "checkpoint.every=10", "checkpoint.keep=null")
+    assert run(folder, world_size) == [0] * world_size
+    continued = prepare(tmp_path / "second", f"strategy={then}", f"checkpoint.url={folder / 'checkpoints'}")
+    shutil.copy(folder / "metrics.jsonl", continued)
+    assert run(continued, then_size, attempt=2, resume=[10, 1]) == [0] * then_size
+    (resumed,) = events(continued, "resumed")
+    assert (resumed["strategy"], resumed["world_size"]) == (strategy, world_size)
+    assert [record["attempt"] for record in metrics(continued)] == [1] * 10 + [2] * 40
+    assert_same_curve(losses(continued), reference)
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 3)])
+def test_resume_at_the_same_size_gives_the_same_bits(run: Run, tmp_path: Path, strategy: str, world_size: int) -> None:
+    """With dropout and a random augmentation, read by loader processes in the second half: neither may matter."""
+    more = ["model.dropout=0.1", "data.train.noise=0.1", f"strategy={strategy}", "checkpoint.every=7", "train.steps=20"]
+    whole = prepare(tmp_path / "whole", *more)
+    assert run(whole, world_size) == [0] * world_size
+    halves = prepare(tmp_path / "halves", *more, f"checkpoint.url={whole / 'checkpoints'}", "data.workers=1")
+    assert run(halves, world_size, attempt=2, resume=[7, 1]) == [0] * world_size
+    assert metrics(halves)[0]["step"] == 8
+    assert [(r["loss"], r["grad_norm"]) for r in metrics(halves)] == [
+        (r["loss"], r["grad_norm"]) for r in metrics(whole)[7:]
+    ]
+
+
+def test_sigterm_saves_and_ends_with_85(run: Run, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    more = ["strategy=ddp", f"data.train.seen={seen}", "data.train.delay_s=0.01", "train.steps=60"]
+    folder = prepare(tmp_path / "run", *more)
+    assert run(folder, 2, stop_after=4) == [85, 85]
+    done = len(losses(folder))
+    assert 0 < done < 60
+    (committed,) = events(folder, "checkpoint_committed")
+    assert committed["step"] == done
+    assert run(folder, 2, attempt=2, resume=[done, 1]) == [0, 0]
+    straight = prepare(tmp_path / "straight", *more[:1], "train.steps=60")
+    assert run(straight, 2) == [0, 0]
+    assert losses(folder) == losses(straight)
+    counted = Counter(int(line) for part in tmp_path.glob("seen.*") for line in part.read_text().split())
+    # 60 steps of 13 are 2 epochs of 300 and 180 more; a rank may have read the batch that it then left out.
+    assert sum(counted.values()) in (780, 787, 786, 793)
+    assert set(counted) == set(range(300))
+
+
+def test_bf16_keeps_fp32_state_and_learns(run: Run, reference: list[float], tmp_path: Path) -> None:
+    folder = prepare(tmp_path / "run", "strategy=fsdp", "train.precision=bf16")
+    assert run(folder, 2) == [0, 0]
+    found = losses(folder)
+    assert found != reference
+    assert_same_curve(found, reference, tolerance=0.01)
+    manifest = json.loads(next((folder / "checkpoints").glob("step-*/manifest.json")).read_text())
+    assert {tensor["dtype"] for tensor in manifest["tensors"].values()} == {"F32", "I64"}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(run: Run, tmp_path: Path) -> None:
+    folder = prepare(tmp_path / "run", "strategy=ddp", "optimizer.lr=1e20", "schedule=constant")
+    assert set(run(folder, 2)) <= {1, -9}
+    last = metrics(folder)[-1]
+    assert last["loss"] is None or last["grad_norm"] is None
+    assert last["nonfinite"]
+    assert failure(folder)["kind"] == "nonfinite"
+
+
+def test_evaluation_counts_every_sample_once(run: Run, tmp_path: Path) -> None:
+    """37 samples over 3 ranks in batches of 13, and the same in one process."""
+    base = {**BASE, "data": {**BASE["data"], "eval": {"_target_": "parity.Tokens", "samples": 37}}}
+    more = ["train.steps=4", "train.eval_every=2"]
+    one = prepare(tmp_path / "one", *more, base=base)
+    three = prepare(tmp_path / "three", *more, "strategy=fsdp", base=base)
+    assert run(one, 1) == [0]
+    assert run(three, 3) == [0] * 3
+    wanted, found = ([e["metrics"]["loss"] for e in events(folder, "evaluated")] for folder in (one, three))
+    assert len(wanted) == 2
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["strategy=fsdp", "strategy.wrap=[nothing.*]"], ["strategy.wrap", "nothing.*"]),
+        (["strategy=fsdp", "optimizer={_target_: torch.optim.Adafactor}"], ["Adafactor", "elementwise"]),
+        (['optimizer.groups=[{match: "*.nothing", weight_decay: 0}]'], ["optimizer.groups", "*.nothing"]),
+        (["data.train.samples=0"], ["data.train", "empty"]),
+    ],
+)
+def test_what_only_the_node_can_see_is_said_and_not_tried_again(
+    run: Run, tmp_path: Path, overrides: list[str], words: list[str]
+) -> None:
+    folder = prepare(tmp_path / "run", *overrides)
+    assert 93 in run(folder, 2)
+    report = next(failure(folder, rank) for rank in (0, 1) if (folder / f"report-{rank}.jsonl").stat().st_size)
+    assert report["retry"] is False
+    assert all(word in report["message"] for word in words)
