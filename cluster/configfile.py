@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Node | None, list[Problem]]
         return None, [Problem(where=origin, key="", message=f"cannot be read: {error.strerror}.")]
     node, problems = read_text(text, origin)
     if node is None or isinstance(node.value, dict | Broken):
-        return node, problems
+        return (replace(node, where=origin) if node else None), problems
     if node.value is None:
         found = "the file is empty. A config needs at least model, data, optimizer and train."
     else:

@@ -41,8 +41,7 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         (("train", "data"), _batches),
         (("train", "schedule"), _schedule),
         (("strategy", "cluster"), check_cluster),
-        (("checkpoint",), _checkpoint),
-        (("run_dir",), _run_dir),
+        (("run_dir", "checkpoint"), _places),
     )
     problems: list[Problem] = []
     for needed, check in checks:
@@ -99,7 +98,9 @@ def _cluster(strategy: StrategyConfig, cluster: ClusterConfig, gpus: int, cores:
             yield f"cluster.env.{name}", "is no name of an environment variable."
 
 
-def _checkpoint(checkpoint: CheckpointConfig) -> Found:
+def _places(run_dir: str, checkpoint: CheckpointConfig) -> Found:
+    if run_obstacle := directory_obstacle(Path(run_dir)):
+        yield "run_dir", run_obstacle
     try:
         open_storage(checkpoint.url)
     except UsageError as error:
@@ -107,13 +108,10 @@ def _checkpoint(checkpoint: CheckpointConfig) -> Found:
         return
     parts = urlsplit(checkpoint.url)
     path = Path(unquote(parts.path)) if "://" in checkpoint.url else Path(checkpoint.url)
-    if parts.scheme in ("", "file") and (obstacle := directory_obstacle(path)):
+    if parts.scheme not in ("", "file") or (run_obstacle and path.is_relative_to(run_dir)):
+        return
+    if obstacle := directory_obstacle(path):
         yield "checkpoint.url", obstacle
-
-
-def _run_dir(run_dir: str) -> Found:
-    if obstacle := directory_obstacle(Path(run_dir)):
-        yield "run_dir", obstacle
 
 
 def directory_obstacle(path: Path) -> str:

@@ -23,7 +23,7 @@ Written by `python -m dtrain.launcher.reference` from the dataclasses of the cod
   keywords just `package.module.name`. Modules are looked for beside the config file, then in the working directory,
   then in the environment. They are imported and their signatures checked before anything starts.
 - **References.** `${key.path}` stands for another value, `${env:NAME}` for an environment variable, a leading `~/` for
-  the home directory; `$${` is a literal `${`. The run directory's config.yaml has them written out: no place for secrets.
+  the home directory; `$${` is a literal `${`. The run directory's config.yaml has them written out: keep secrets away.
 - **Command line.** `key.path=value` sets single values, list items by number: `optimizer.groups.0.weight_decay=0.1`.
   A mapping merges key by key; another `_target_` drops the keywords of the one before it.
 - **Paths** that are relative start at the working directory.

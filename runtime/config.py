@@ -223,7 +223,7 @@ class RecoveryConfig:
 def check_name(name: str) -> None:
     """A run's name becomes part of paths and job names. Raises ValueError."""
     if not _NAME.fullmatch(name):
-        fitting = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:100] or "my-run"
+        fitting = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-._")[:100] or "my-run"
         raise ValueError(
             f'expects up to 100 letters, digits, ".", "_" or "-", a letter or digit first; found "{name}". '
             f"For example: name: {fitting}"

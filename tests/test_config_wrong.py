@@ -1,0 +1,275 @@
+"""Wrong configs: each is refused with file:line, the key and a way out, before anything starts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from dtrain.cluster.errors import ConfigError, Problem
+from dtrain.launcher import cli
+from dtrain.launcher.compose import load_config
+from dtrain.launcher.targetcheck import check_targets
+
+# The lines of a config that is right; a case replaces some and adds others. Line n of a case is line n of the file.
+LINES = {
+    "model": "model: {_target_: mine.Net, width: 8}",
+    "data": "data: {train: mine.Squares, batch_size: 8}",
+    "optimizer": "optimizer: {_target_: mine.SGD, lr: 1e-2}",
+    "train": "train: {steps: 10}",
+}
+MODULES = {
+    "mine.py": """
+print("imported, and chatty")
+class Net:
+    def __init__(self, width, depth=2): ...
+class Squares: ...
+class SGD:
+    def __init__(self, params, lr, momentum=0.0): ...
+def loss(output, batch, smoothing=0.0): ...
+table = {}
+""",
+    "broken.py": "x = 1\nraise RuntimeError('no license for this')\n",
+    "unfinished.py": "def f(:\n    pass\n",
+    "needy.py": "import a_package_that_nobody_has\n",
+    "exits.py": "import sys\nsys.exit(0)\n",
+    "dies.py": "import os, sys\nprint('farewell', file=sys.stderr, flush=True)\nos._exit(7)\n",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """`expect`: (where, key, words of the message); "cfg.yaml:4" is written 4."""
+
+    id: str
+    lines: dict[str, str] = field(default_factory=dict)
+    more: tuple[str, ...] = ()
+    text: str | None = None
+    overrides: tuple[str, ...] = ()
+    expect: tuple[tuple[int | str, str, str], ...]
+
+
+def _one(
+    id: str, where: int | str, key: str, words: str, *more: str, overrides: tuple[str, ...] = (), **lines: str
+) -> Case:
+    return Case(id=id, lines=lines, more=more, overrides=overrides, expect=((where, key, words),))
+
+
+def _text(id: str, text: str, where: int | str, key: str, words: str) -> Case:
+    return Case(id=id, text=text, expect=((where, key, words),))
+
+
+CASES = [
+    # keys
+    _one("unknown top-level key", 5, "optimiser", "unknown key. Did you mean optimizer?", "optimiser: mine.SGD"),
+    _one("unknown nested key", 2, "data.batchsize",
+         "unknown key. Did you mean batch_size? Valid here: train, batch_size",
+         data="data: {train: mine.Squares, batch_size: 8, batchsize: 9}"),
+    _one("missing section", "cfg.yaml", "train", "is required and missing", train=""),
+    _one("missing key", 4, "train.steps", "is required and missing (optimizer steps", train="train: {seed: 1}"),
+    _one("key given twice", 5, "train", "is given twice, first at cfg.yaml:4", "train: {steps: 20}"),
+    _one("a number as a key", 5, "", "keys are text, found '3'", "3: 4"),
+    # types
+    _one("text for a number", 4, "train.steps", 'expects a whole number of at least 1, found the text "many"',
+         train="train: {steps: many}"),
+    _one("quoted number", 4, "train.steps", "Write it without quotes", train='train: {steps: "10"}'),
+    _one("float for an integer", 4, "train.steps", "found the number 1e3. Write 1000.", train="train: {steps: 1e3}"),
+    _one("bool for an integer", 4, "train.seed", "expects a whole number of at least 0, found true",
+         train="train: {steps: 10, seed: true}"),
+    _one("number for a bool", 2, "data.shuffle", "expects true or false, found the number 1",
+         data="data: {train: mine.Squares, batch_size: 8, shuffle: 1}"),
+    _one("yes for a bool", 2, "data.shuffle", 'Write true, false or "yes"',
+         data="data: {train: mine.Squares, batch_size: 8, shuffle: yes}"),
+    _one("null for a required number", 4, "train.steps", "found nothing (null)", train="train: {steps: }"),
+    _one("a list for a section", 4, "train", "expects a mapping, found a list", train="train: [10]"),
+    _one("text for a list", 5, "strategy.wrap",
+         "expects a list, found the text \"blocks.*\". Put it in square brackets",
+         "strategy: {name: fsdp, wrap: blocks.*}"),
+    _one("a mapping for a number", 5, "cluster.nodes", "expects a whole number of at least 1, found a mapping",
+         "cluster: {nodes: {min: 1}}"),
+    _one("negative number", 4, "train.steps", "at least 1, found the number -5", train="train: {steps: -5}"),
+    _one("out of range", 5, "schedule.min_ratio", "expects a number between 0 and 1, found the number 1.5",
+         "schedule: {name: cosine, min_ratio: 1.5}"),
+    _one("not a number", 4, "train.clip_grad_norm", "found the number .nan",
+         train="train: {steps: 9, clip_grad_norm: .nan}"),
+    _one("bad choice", 4, "train.precision", 'one of "fp32", "bf16", found the text "bf61". Did you mean bf16?',
+         train="train: {steps: 10, precision: bf61}"),
+    _one("bad choice in short form", 5, "strategy.name", 'found the text "fsdb". Did you mean fsdp?', "strategy: fsdb"),
+    _one("bad choice beside numbers", 5, "cluster.procs_per_node",
+         'or "auto", found the text "atuo". Did you mean auto?',
+         "cluster: {procs_per_node: atuo}"),
+    _one("zero beside auto", 5, "cluster.procs_per_node", "expects a whole number of at least 1, found the number 0",
+         "cluster: {procs_per_node: 0}"),
+    _one("bad duration", 5, "checkpoint.every", 'expects steps (100) or a time (30s, 10min, 2h), found "10 minutes"',
+         "checkpoint: {every: 10 minutes}"),
+    _one("no duration", 5, "checkpoint.every", "expects at least 1 step, found 0", "checkpoint: {every: 0}"),
+    _one("bad name", 5, "name", "For example: name: x-rm-rf", 'name: "x; rm -rf ~"'),
+    # notation
+    _text("missing file", "", "no.yaml", "", "no such file"),
+    _text("empty file", "# nothing yet\n", 1, "", "the file is empty"),
+    _text("a list at top level", "- model: x\n", 1, "",
+         "expects a mapping at the top level (`key: value` lines), found a list"),
+    _text("bad syntax", "model: x\ndata: {a: 1\ntrain: 2\n", 3, "", "not valid YAML"),
+    _text("a tab", "model:\n\t_target_: mine.Net\n", 2, "", "a tab. YAML is indented with spaces."),
+    _one("an endless alias", 1, "model.a", "the alias (*) contains itself",
+         model="model: &m {_target_: mine.Net, a: *m}"),
+    _one("a tag", 1, "model", "os.system is not supported", model="model: !!python/object/apply:os.system [ls]"),
+    _text("not text", "name: \udc80", "cfg.yaml", "", "not UTF-8 text (byte 6)"),
+    # references
+    _one("bad reference", 5, "name", "${train.step} refers to a key that does not exist. Did you mean ${train.steps}?",
+         "name: n-${train.step}"),
+    _one("circular references", 5, "name", "the references go in a circle: name -> run_dir -> name",
+         "name: a${run_dir}", "run_dir: b${name}"),
+    _one("unset variable", 5, "name", "the environment variable NO_SUCH_VARIABLE is not set",
+         "name: ${env:NO_SUCH_VARIABLE}"),
+    _one("open reference", 5, "name", "${ has no closing }", 'name: "${train.steps"'),
+    _one("a section inside a text", 5, "name", "is a mapping, which cannot stand inside a text", 'name: "x-${data}"'),
+    # the command line
+    _one("override without a value", "command line", "", "expects key.path=value, found 'train.steps'",
+         overrides=("train.steps",)),
+    _one("override without a key", "command line", "", "expects key.path=value, found '=4'", overrides=("=4",)),
+    _one("override of an unknown key", "command line", "train.stesp", "Did you mean steps?",
+         overrides=("train.stesp=4",)),
+    _one("override that is no YAML", "command line", "name", "Put quotes around it: name='\"*x\"'",
+         overrides=("name=*x",)),
+    _one("override of no item", "command line", "optimizer.groups.1",
+         "there is no item 1: the list at cfg.yaml:3 has 1",
+         overrides=("optimizer.groups.1.lr=1",),
+         optimizer='optimizer: {_target_: mine.SGD, lr: 1, groups: [{match: "*", lr: 2}]}'),
+    # sections that do not fit together
+    _one("layout of fsdp", 5, "strategy.shard",
+         "strategy: fsdp shard 3 = 3 ranks, but 2 nodes x 2 = 4. Set shard: 4, or leave it out.",
+         "strategy: {name: fsdp, shard: 3}", "cluster: {nodes: 2, procs_per_node: 2}"),
+    _one("layout of single", 5, "strategy", "single = 1 rank, but 2 nodes x 1 = 2", "strategy: single",
+         "cluster: {nodes: 2}"),
+    _one("shard with ddp", "command line", "strategy.shard", "shard 2 does not go with ddp", "strategy: ddp",
+         overrides=("strategy.shard=2",)),
+    _one("micro_batch above batch_size", 4, "train.micro_batch", "16 samples are more than data.batch_size 8",
+         train="train: {steps: 10, micro_batch: 16}"),
+    _one("evaluation of nothing", 4, "train.eval_every", "set data.eval", train="train: {steps: 10, eval_every: 5}"),
+    _one("warm-up beyond the end", 5, "schedule.warmup", "20 steps are more than train.steps 10",
+         "schedule: {warmup: 20}"),
+    _one("wsd without decay", 5, "schedule.decay", "For example: decay: 2", "schedule: wsd"),
+    _one("unknown store", 5, "checkpoint.url", "no store for ftp://", "checkpoint: {url: ftp://host/x}"),
+    _one("run_dir is a file", 5, "run_dir", "is a file", "run_dir: mine.py"),
+    _one("run_dir below a file", 5, "run_dir", "mine.py is a file, and a directory is needed", "run_dir: mine.py/run"),
+    _one("a rank in env", 5, "cluster.env.RANK", "is set by dtrain", "cluster: {env: {RANK: 3}}"),
+    # targets
+    _one("no dotted name", 1, "model._target_", 'expects a dotted name like package.module.name, found the text "Net"',
+         model="model: {_target_: Net}"),
+    _one("no target", 1, "model._target_", "is required and missing", model="model: {width: 8}"),
+    _one("nested target", 1, "model.encoder._target_", "nested targets are not built",
+         model="model: {_target_: mine.Net, width: 8, encoder: {_target_: mine.Net}}"),
+    _one("group without a pattern", 3, "optimizer.groups.0.match", "expects a pattern over parameter names",
+         optimizer="optimizer: {_target_: mine.SGD, lr: 1, groups: [{lr: 2}]}"),
+    _one("missing module", 1, "model._target_", "there is no module minne. Did you mean mine?",
+         model="model: {_target_: minne.Net}"),
+    _one("missing name", 1, "model._target_", "the module mine has no Nett. Did you mean mine.Net?",
+         model="model: {_target_: mine.Nett}"),
+    _one("module that raises", 1, "model._target_", "importing broken raised RuntimeError: no license for this",
+         model="model: broken.Net"),
+    _one("where a module raises", 1, "model._target_", "broken.py:2)", model="model: broken.Net"),
+    _one("module with a syntax error", 1, "model._target_", "unfinished.py:1)", model="model: unfinished.f"),
+    _one("module that needs another", 1, "model._target_", "No module named 'a_package_that_nobody_has'",
+         model="model: needy.f"),
+    _one("script without a guard", 1, "model._target_", "importing exits raised SystemExit", model="model: exits.f"),
+    _one("module that ends its process", 1, "model._target_",
+         'ended its process with exit code 7. It said last: "farewell"',
+         model="model: dies.f"),
+    _one("not callable", 1, "model._target_", "mine.table is a value of type dict, which cannot be called",
+         model="model: mine.table"),
+    _one("wrong keyword", 1, "model._target_", "mine.Net(width, depth): it has no parameter widht, did you mean width?",
+         model="model: {_target_: mine.Net, width: 8, widht: 8}"),
+    _one("missing argument", 1, "model._target_", "its argument width is required and missing",
+         model="model: mine.Net"),
+    _one("keyword that dtrain passes", 3, "optimizer._target_", "params is passed by dtrain itself",
+         optimizer="optimizer: {_target_: mine.SGD, lr: 1, params: 2}"),
+    _one("wrong setting in a group", 3, "optimizer._target_", "unknown setting momentun, did you mean momentum?",
+         optimizer='optimizer: {_target_: mine.SGD, lr: 1, groups: [{match: "*", momentun: 2}]}'),
+    _one("wrong keyword of a function", 5, "loss._target_", "it has no parameter smothing, did you mean smoothing?",
+         "loss: {_target_: mine.loss, smothing: 0.1}"),
+    # all at once
+    Case(
+        id="everything at once",
+        lines={"model": "model: {width: 8}", "train": "train: {steps: 0, sed: 1}"},
+        more=("strategy: {name: dpp}", "name: ${nothing}"),
+        overrides=("cluster.nodes=none",),
+        expect=(
+            (1, "model._target_", "missing"),
+            (4, "train.sed", "Did you mean seed?"),
+            (4, "train.steps", "at least 1"),
+            (5, "strategy.name", "Did you mean ddp?"),
+            (6, "name", "does not exist"),
+            ("command line", "cluster.nodes", "expects a whole number"),
+        ),
+    ),
+    Case(
+        id="every target at once",
+        lines={"model": "model: dies.f", "data": "data: {train: mine.Sqares, batch_size: 8}"},
+        more=("loss: {_target_: mine.loss, x: 1}",),
+        expect=(
+            (1, "model._target_", "exit code 7"),
+            (2, "data.train._target_", "Did you mean mine.Squares?"),
+            (5, "loss._target_", "it has no parameter x"),
+        ),
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in MODULES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+def _write(case: Case, folder: Path) -> str:
+    if case.id == "missing file":
+        return "no.yaml"
+    text = case.text
+    if text is None:
+        text = "\n".join([*{**LINES, **case.lines}.values(), *case.more]) + "\n"
+    (folder / "cfg.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    return "cfg.yaml"
+
+
+def find_problems(path: str, overrides: tuple[str, ...], folder: Path) -> list[Problem]:
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        return list(error.problems)
+    return check_targets(config, sys.executable, [str(folder)], timeout_s=60)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id.replace(" ", "-"))
+def test_wrong_config(case: Case, folder: Path) -> None:
+    problems = find_problems(_write(case, folder), case.overrides, folder)
+    assert len(problems) == len(case.expect), "\n".join(map(str, problems))
+    for problem, (where, key, words) in zip(problems, case.expect, strict=True):
+        assert problem.where == (f"cfg.yaml:{where}" if isinstance(where, int) else where)
+        assert problem.key == key
+        assert words in problem.message
+    assert not (folder / "runs").exists()
+
+
+def test_right_config_has_no_problem(folder: Path) -> None:
+    assert find_problems(_write(Case(id="right", expect=()), folder), (), folder) == []
+
+
+def test_ids_are_unique() -> None:
+    assert len({case.id for case in CASES}) == len(CASES) >= 25
+
+
+@pytest.mark.parametrize("name", ["layout of fsdp", "wrong keyword", "bad syntax"])
+def test_launch_refuses_with_exit_2(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = next(case for case in CASES if case.id == name)
+    assert cli.main(["launch", _write(case, folder), *case.overrides]) == 2
+    where, key, words = case.expect[0]
+    said = capsys.readouterr().err
+    assert f"cfg.yaml:{where}: " in said
+    assert f"{key}: " in said
+    assert words in said
+    assert not (folder / "runs").exists()
