@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from dtrain.launcher.tail import JsonTail, LineTail
 POLL_S = 0.15
 ASK_BACKEND_S = 2.0
 TRACEBACK_HOLD_S = 3.0
+# What comes before the first step of an attempt.
+STARTS = frozenset({"submitted", "node_joined", "attempt_started", "workers_started", "chosen", "resumed"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +59,24 @@ class RunView:
         self._events = JsonTail(run.events, offset_bytes=since.events_bytes)
         self._metrics = JsonTail(run.metrics)
         self._newest = since.newest
+        self._pending: deque[dict[str, Any]] = deque()
         self._log: LineTail | None = None
         self._printed = RankZeroLines()
         self._chosen: list[str] | None = None
         self._attempts = 0
 
     def poll(self) -> None:
-        """Shows what happened since the last call."""
-        for event in self._events.poll():
+        """Shows what happened since the last call. It comes through three files: what was written before an event is
+        there when the event is, so it is shown before it."""
+        events = self._events.poll()
+        self._pending += self._metrics.poll()
+        for event in events:
+            if event.get("type") not in STARTS:
+                self._show_log()
+                self._show_metrics(event.get("step"))
             self._show_event(event)
         self._show_log()
-        for record in self._metrics.poll():
-            self._show_metric(record)
+        self._show_metrics(None)
 
     def follow_log(self, attempt: int, *, from_end: bool) -> None:
         if self._log is not None:
@@ -100,10 +109,12 @@ class RunView:
         for said in event_lines(event):
             self._screen.say(said)
 
-    def _show_metric(self, record: dict[str, Any]) -> None:
-        if (place := _place(record)) > self._newest:  # a replaced file repeats what earlier attempts finished
-            self._newest = place
-            self._screen.metric(record)
+    def _show_metrics(self, up_to_step: int | None) -> None:
+        while self._pending and (up_to_step is None or self._pending[0].get("step", 0) <= up_to_step):
+            record = self._pending.popleft()
+            if (place := _place(record)) > self._newest:  # a replaced file repeats what earlier attempts finished
+                self._newest = place
+                self._screen.metric(record)
 
     def _show_log(self) -> None:
         for line in self._printed.take([] if self._log is None else self._log.poll(), time.monotonic()):

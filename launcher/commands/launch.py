@@ -14,6 +14,7 @@ from dtrain.cluster.errors import ConfigError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
 from dtrain.launcher.compose import LaunchConfig, load_config
+from dtrain.launcher.console import plural
 from dtrain.launcher.follow import bookmark, follow
 from dtrain.launcher.lease import Busy, launching
 from dtrain.launcher.plan import make_plan
@@ -79,8 +80,8 @@ def _plan(args: argparse.Namespace, config: LaunchConfig) -> JobPlan:
     plan = make_plan(config, job_id=job_id, argv=args.argv, cwd=os.getcwd())
     if args.here and plan.world_size > 1:
         raise UsageError(
-            f"--here runs one rank in this process, but the config asks for {plan.nodes} nodes x "
-            f"{plan.procs_per_node} processes. Add: --nodes 1 cluster.procs_per_node=1"
+            f"--here runs one rank in this process, but the config asks for {plural(plan.nodes, 'node')} x "
+            f"{plural(plan.procs_per_node, 'process')}. Add: --nodes 1 cluster.procs_per_node=1"
         )
     return plan
 

@@ -1,0 +1,105 @@
+"""The pure decisions of the command line: what a launch does with a run that exists, and what state a run is in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dtrain.launcher.identity import Existing, decide
+from dtrain.launcher.state import STARTING_S, Facts, derive
+
+
+def existing(state: str, step: int = 40, changed: tuple[str, ...] = (), others: tuple[str, ...] = ()) -> Existing:
+    return Existing(job_id="local-1", state=state, step=step, identity_lines=changed, other_lines=others)
+
+
+CHANGED = ("model.width: 128 -> 256",)
+
+DECISIONS = [
+    # what is there,                         steps, checkpoint, --continue-changed -> action
+    (None, 100, None, False, "start"),
+    (None, 100, 50, False, "continue"),
+    (existing("running"), 100, 20, False, "refuse"),
+    (existing("pending"), 100, None, False, "refuse"),
+    (existing("stopping"), 100, 20, False, "refuse"),
+    (existing("running"), 100, 20, True, "refuse"),
+    (existing("running", changed=CHANGED), 100, 20, True, "refuse"),
+    (existing("unknown"), 100, 20, False, "refuse"),
+    (existing("unknown", changed=CHANGED), 100, 20, True, "refuse"),
+    (existing("failed"), 100, 20, False, "continue"),
+    (existing("failed"), 100, None, False, "continue"),
+    (existing("stopped"), 100, 40, False, "continue"),
+    (existing("cancelled"), 100, 40, False, "continue"),
+    (existing("stopped", changed=CHANGED), 100, 40, False, "refuse"),
+    (existing("stopped", changed=CHANGED), 100, 40, True, "continue"),
+    (existing("done", step=100), 100, 100, False, "done"),
+    (existing("done", step=100), 60, 100, False, "done"),
+    (existing("done", step=100), 200, 100, False, "continue"),
+    (existing("done", step=100, changed=CHANGED), 100, 100, False, "refuse"),
+    (existing("done", step=100, changed=CHANGED), 100, 100, True, "done"),
+    (existing("done", step=100, changed=CHANGED), 200, 100, True, "continue"),
+    (
+        existing("failed", step=100),
+        100,
+        100,
+        False,
+        "continue",
+    ),  # the last step is saved, what comes after it is not done
+    (existing("stopped", step=150), 100, 150, False, "done"),
+]
+
+
+@pytest.mark.parametrize(("there", "steps", "checkpoint", "changed", "action"), DECISIONS)
+def test_launch_on_a_run_directory(
+    there: Existing | None, steps: int, checkpoint: int | None, changed: bool, action: str
+) -> None:
+    found = decide(there, steps_asked=steps, checkpoint_step=checkpoint, continue_changed=changed)
+    assert found.action == action
+    assert found.lines or action in ("start", "continue")
+
+
+def test_a_refusal_names_the_difference_and_the_ways_out() -> None:
+    found = decide(existing("stopped", changed=CHANGED), steps_asked=100, checkpoint_step=40, continue_changed=False)
+    words = "\n".join(found.lines)
+    assert all(word in words for word in ("model.width: 128 -> 256", "--continue-changed", "--fresh", "--name"))
+
+
+def test_continuing_prints_what_else_differs() -> None:
+    there = existing("stopped", others=("cluster.nodes: 2 -> 3",))
+    found = decide(there, steps_asked=100, checkpoint_step=40, continue_changed=False)
+    assert found.lines == ("differs: cluster.nodes: 2 -> 3",)
+
+
+RUNNING = {"state": "running", "seen_at": 990.0, "reason": ""}
+ENDED = {"state": "done", "exit_code": 0, "reason": "", "step": 100, "at": 995.0}
+
+STATES: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str, float, str]] = [
+    # ended, status, back end, seconds since the submission -> state
+    (ENDED, RUNNING, "gone", 100, "done"),
+    (ENDED, RUNNING, "alive", 100, "done"),  # the agents are on their way out
+    (ENDED, None, "unknown", 100, "done"),
+    ({**ENDED, "state": "stopped"}, RUNNING, "gone", 100, "stopped"),
+    (None, RUNNING, "alive", 100, "running"),
+    (None, {**RUNNING, "state": "stopping"}, "alive", 100, "stopping"),
+    (None, None, "alive", 100, "pending"),
+    (None, RUNNING, "gone", 100, "failed"),
+    (None, RUNNING, "gone", 0, "failed"),
+    (None, None, "gone", STARTING_S + 1, "failed"),
+    (None, None, "gone", 0, "pending"),
+    (None, RUNNING, "unknown", 100, "unknown"),
+    (None, None, "unknown", 0, "unknown"),
+]
+
+
+@pytest.mark.parametrize(("ended", "status", "backend", "age", "state"), STATES)
+def test_state_of_a_run(
+    ended: dict[str, Any] | None, status: dict[str, Any] | None, backend: str, age: float, state: str
+) -> None:
+    found = derive(Facts(ended=ended, status=status, backend=backend, submitted_at=1000 - age, now=1000.0))
+    assert found.state == state
+    assert found.is_over == (state in ("done", "failed", "stopped", "cancelled"))
+    if status is not None and ended is None:
+        assert found.seen_at == 990.0
+    if state == "failed":
+        assert "all nodes died" in found.reason
