@@ -102,7 +102,7 @@ def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[float]
     assert run(folder, 1) == [0]
     found = losses(folder)
     assert len(found) == STEPS
-    assert found[-1] < found[0] - 1
+    assert found[-1] < found[0] - 0.5
     return found
 
 
@@ -119,8 +119,9 @@ def test_every_layout_gives_the_losses_of_one_process(
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_more_ranks_than_samples(run: Run, tmp_path: Path, strategy: str) -> None:
     """Two of four ranks have no sample: they join with a borrowed one that does not count."""
-    one = prepare(tmp_path / "one", "data.batch_size=2", "train.steps=10", "train.micro_batch=null")
-    four = prepare(tmp_path / "four", "data.batch_size=2", "train.steps=10", f"strategy={strategy}")
+    more = ["data.batch_size=2", "train.steps=10", "train.micro_batch=1"]
+    one = prepare(tmp_path / "one", *more)
+    four = prepare(tmp_path / "four", *more, f"strategy={strategy}")
     assert run(one, 1) == [0]
     assert run(four, 4) == [0] * 4
     assert_same_curve(losses(four), losses(one))
@@ -219,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run: Run, tmp_path: P
 def test_evaluation_counts_every_sample_once(run: Run, tmp_path: Path) -> None:
     """37 samples over 3 ranks in batches of 13, and the same in one process."""
     base = {**BASE, "data": {**BASE["data"], "eval": {"_target_": "parity.Tokens", "samples": 37}}}
-    more = ["train.steps=4", "train.eval_every=2"]
+    more = ["train.steps=4", "train.eval_every=2", "schedule.warmup=0"]
     one = prepare(tmp_path / "one", *more, base=base)
     three = prepare(tmp_path / "three", *more, "strategy=fsdp", base=base)
     assert run(one, 1) == [0]
