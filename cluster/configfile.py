@@ -76,16 +76,23 @@ for _tag, _pattern, _first in _RULES:
         _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Text with line breaks in double quotes: PyYAML's other styles fold the rarer ones (U+0085, U+2028) to spaces."""
+    style = '"' if text.splitlines() != [text] else None
+    return dumper.represent_scalar(_PREFIX + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def dump_yaml(value: Any, *, flow: bool = False) -> str:
     """Text that read_text reads back equal; keys keep their order. `flow`: on one line, without the line's end."""
-    one_line = flow and isinstance(value, str) and "\n" in value
     text: str = yaml.dump(
         value,
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=flow,
-        default_style='"' if one_line else None,
         width=10**9 if flow else 110,
     )
     return text.removesuffix("\n").removesuffix("\n...") if flow else text

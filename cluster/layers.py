@@ -29,19 +29,22 @@ def merge_layers(layers: Sequence[Node], expand: Expand) -> tuple[Node, list[Pro
     return merged, problems
 
 
-def merge(base: Node, over: Node, problems: list[Problem], path: tuple[str, ...] = ()) -> Node:
-    """`over` on `base`. A mapping with another `_target_` inherits nothing; keys of digits address items of a list."""
+def merge(base: Node, over: Node, problems: list[Problem], path: tuple[str, ...] = (), *, part: bool = False) -> Node:
+    """`over` on `base`. A mapping with another `_target_` inherits nothing; keys of digits address items of a list.
+
+    `part`: `base` is not a config yet but words of the command line, whose order within one target does not matter.
+    """
     by_index = isinstance(over.value, dict) and over.value and all(key.isdigit() for key in over.value)
     if isinstance(base.value, list) and isinstance(over.value, dict) and by_index:
         return _merge_items(base, base.value, over.value, problems, path)
     if not isinstance(base.value, dict) or not isinstance(over.value, dict) or over.replaces:
         return over
     old_target, new_target = base.value.get(TARGET_KEY), over.value.get(TARGET_KEY)
-    if old_target and new_target and old_target.value != new_target.value:
+    if new_target and (old_target.value != new_target.value if old_target else not part):
         return over
     merged = dict(base.value)
     for key, child in over.value.items():
-        merged[key] = merge(merged[key], child, problems, (*path, key)) if key in merged else child
+        merged[key] = merge(merged[key], child, problems, (*path, key), part=part) if key in merged else child
     return Node(merged, base.where, replaces=base.replaces)
 
 
@@ -66,7 +69,7 @@ def parse_overrides(words: Sequence[str], expand: Expand) -> tuple[Node, list[Pr
     for word in words:
         tree = _parse_override(word, problems)
         if tree is not None:
-            layer = expand(merge(layer, tree, problems))
+            layer = expand(merge(layer, tree, problems, part=True))
     return layer, problems
 
 
