@@ -37,6 +37,9 @@ class Backend(Protocol):
     def start_node(self, plan: JobPlan, node_rank: int) -> bool:
         """Starts a node in a dead one's place; False where this engine can't or leaves it to its scheduler."""
 
+    def clear(self, plan: JobPlan) -> None:
+        """Ends what is left of nodes in whose place others were started: a frozen node may wake up much later."""
+
     def agent_address(self) -> str:
         """The address, on the calling node, at which the other nodes reach it."""
 
@@ -44,8 +47,8 @@ class Backend(Protocol):
 _BACKENDS = {"local": "dtrain.cluster.local:LocalBackend"}
 
 
-def get_backend(name: str) -> Backend:
-    """Raises UsageError for a name that is not in the table."""
+def get_backend(name: str, agent_args: tuple[str, ...] = ()) -> Backend:
+    """`agent_args` go to every agent that it starts. Raises UsageError for a name that is not in the table."""
     if name not in _BACKENDS:
         near = difflib.get_close_matches(name, _BACKENDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -53,4 +56,4 @@ def get_backend(name: str) -> Backend:
             f"cluster.backend: there is no back end {name!r}.{hint} Known: {', '.join(sorted(_BACKENDS))}."
         )
     module, _, attribute = _BACKENDS[name].partition(":")
-    return cast(Backend, getattr(importlib.import_module(module), attribute)())
+    return cast(Backend, getattr(importlib.import_module(module), attribute)(agent_args=agent_args))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import Liveness, ProcessId, start_detached
-from dtrain.cluster.rundir import RunDir, read_json, write_atomic
+from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,24 @@ class LocalBackend:
         control = RunDir(plan.run_dir).control(plan.job_id)
         log = _log(plan, node_rank)
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._set_aside(control, node_rank)
         environ = {**os.environ, **_devices(plan, node_rank, os.environ)}
         process = start_detached(list(self._argv(plan, node_rank)), cwd=plan.cwd, environ=environ, log=log)
         # The agent writes the same record when it is up; written here too, so that it can be stopped before that.
         write_atomic(control.node(node_rank), json.dumps(process.to_json()), 0o600)
         return True
+
+    def _set_aside(self, control: Control, node_rank: int) -> None:
+        """Keeps the record of a process that still lives though it was given up: stopped, or starved."""
+        record = read_json(control.node(node_rank))
+        if record is not None and ProcessId.from_json(record).liveness() == "alive":
+            write_atomic(control.path / f"superseded-{record['pid']}.json", json.dumps(record), 0o600)
+
+    def clear(self, plan: JobPlan) -> None:
+        for path in RunDir(plan.run_dir).control(plan.job_id).path.glob("superseded-*.json"):
+            record = read_json(path)
+            if record is not None:
+                ProcessId.from_json(record).kill(signal.SIGKILL)
 
     def state(self, plan: JobPlan) -> Liveness:
         found = {process.liveness() for process in self._agents(plan)}
@@ -61,6 +74,7 @@ class LocalBackend:
         for _ in range(2):
             for process in self._agents(plan):
                 process.kill(signal.SIGKILL)
+        self.clear(plan)
 
     def agent_address(self) -> str:
         return "127.0.0.1"

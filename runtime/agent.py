@@ -1,0 +1,298 @@
+"""One process a node: joins the job's coordinator (or becomes it), starts and watches the node's workers, and takes
+them along when it dies. Decides nothing but who coordinates.
+
+    python -m dtrain.runtime.agent --run-dir DIR --job-id ID --node-rank K
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dtrain.cluster import exits
+from dtrain.cluster.backends import get_backend
+from dtrain.cluster.errors import DtrainError
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.procs import ProcessId, set_process_name
+from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
+from dtrain.cluster.storage import open_storage
+from dtrain.runtime.channel import Channel, connect
+from dtrain.runtime.checkpoint.attempts import Attempt, claim_attempt
+from dtrain.runtime.control import ControlError, find_coordinator, read_token
+from dtrain.runtime.coordinator import Coordinator, Job
+from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder, listen
+from dtrain.runtime.options import Options, parse_options
+from dtrain.runtime.warm import StartError
+
+Message = dict[str, Any]
+_POLL_S = 0.05
+
+
+class Agent:
+    def __init__(self, job: Job, options: Options) -> None:
+        self._job = job
+        self._options = options
+        self._timings = options.timings
+        self._control = RunDir(options.run_dir).control(options.job_id)
+        self._process = ProcessId.of(os.getpid())
+        self._channel: Channel | None = None
+        self._coordinator: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._workers = NodeWorkers(job.plan, options, self._tell)
+        self._stacking: set[asyncio.Task[None]] = set()
+        self._store: socket.socket | None = None  # for global rank 0
+        self._attempt = 0
+        self._heard_at = 0.0
+        self._stop_count = 0
+        self._stop_workers = False  # a stop that came while the workers were being started
+
+    async def run(self) -> int:
+        """The exit code of the job, or 1 for a node in whose place another was started."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop_signal, number)
+        try:
+            await self._register()
+            while self._is_mine():
+                ended = read_json(self._control.ended)
+                if ended is not None:
+                    return int(ended["exit_code"])
+                channel = await self._join()
+                if channel is None:
+                    continue
+                code = await self._serve(channel)
+                await self._workers.kill()
+                if code is not None:
+                    return code
+            _say(self._superseded)
+            return exits.FAILED
+        finally:
+            await self._workers.close()
+            if self._channel is not None:
+                await self._channel.drain(1.0)
+                self._channel.close()
+            if self._coordinator is not None:
+                await self._coordinator
+
+    async def _register(self) -> None:
+        """Puts this process down as the node's, unless another living process stays put down.
+
+        Who starts an agent in a dead one's place may register it a moment after it began to run.
+        """
+        deadline = time.monotonic() + self._timings.handshake_s
+        while not self._is_mine():
+            record = read_json(self._control.node(self._options.node_rank))
+            if record is None or ProcessId.from_json(record).liveness() != "alive":
+                text = json.dumps(self._process.to_json())
+                write_atomic(self._control.node(self._options.node_rank), text, 0o600)
+            elif time.monotonic() > deadline:
+                return
+            else:
+                await asyncio.sleep(_POLL_S)
+
+    def _is_mine(self) -> bool:
+        record = read_json(self._control.node(self._options.node_rank))
+        return record is not None and ProcessId.from_json(record) == self._process
+
+    @property
+    def _superseded(self) -> str:
+        return f"another process serves node {self._options.node_rank} now; this one ends"
+
+    async def _join(self) -> Channel | None:
+        """A connection to the newest term's coordinator, which may be our own; None when there is nothing to join."""
+        while self._is_mine() and not self._control.ended.exists():
+            address = find_coordinator(self._control)
+            term = 0 if address is None else address.term
+            if address is not None:
+                try:
+                    return await self._introduce(await self._dial(address.addr, address.port))
+                except ControlError as error:
+                    _say(f"term {term}: {error}")
+                except (OSError, TimeoutError):
+                    pass  # it is gone, or will be known to be soon
+            # Low ranks first; whoever finds that another was faster joins that one.
+            await asyncio.sleep(self._timings.claim_delay_s * self._options.node_rank)
+            newest = find_coordinator(self._control)
+            if (0 if newest is None else newest.term) == term and not self._control.ended.exists():
+                await self._claim(term + 1)
+        return None
+
+    async def _dial(self, addr: str, port: int) -> Channel:
+        return await connect(addr, port, self._job.token, self._timings.handshake_s)
+
+    async def _introduce(self, channel: Channel) -> Channel:
+        """Raises ControlError where the coordinator does not want this node."""
+        hello = {
+            "op": "hello",
+            "node_rank": self._options.node_rank,
+            "process": self._process.to_json(),
+            "reached": self._workers.reached,
+        }
+        channel.send(hello)
+        answer = await asyncio.wait_for(channel.receive(), self._timings.handshake_s)
+        if answer is None or answer.get("op") != "welcome":
+            channel.abort()
+            raise ControlError(f"not admitted: {answer}")
+        return channel
+
+    async def _claim(self, term: int) -> None:
+        """Becomes the coordinator of `term`, unless another node was faster."""
+        coordinator = Coordinator(self._job, term)
+        address = await coordinator.open(self._options.node_rank, socket.gethostname())
+        if not write_once(self._control.coordinator(term), address.to_json(), 0o600):
+            await coordinator.close()
+            return
+        _say(f"node {self._options.node_rank} coordinates the job (term {term}, {address.addr}:{address.port})")
+        if self._coordinator is not None:
+            await self._coordinator  # of an older term: it has ended or is about to
+        self._coordinator = asyncio.create_task(coordinator.run())
+
+    async def _serve(self, channel: Channel) -> int | None:
+        """Does what the coordinator says; the exit code when the job has ended, None when the connection is lost."""
+        self._channel = channel
+        self._heard_at = time.monotonic()
+        if self._stop_count:
+            self._tell_stop()
+        heartbeat = asyncio.create_task(self._keep_in_touch(channel))
+        try:
+            while (message := await channel.receive()) is not None:
+                self._heard_at = time.monotonic()
+                if message["op"] == "end":
+                    return int(message["exit_code"])
+                await self._obey(message)
+        except ControlError as error:
+            _say(f"the coordinator does not keep to the protocol: {error}")
+            channel.abort()
+        finally:
+            heartbeat.cancel()
+        return None
+
+    async def _obey(self, message: Message) -> None:
+        match message["op"]:
+            case "bind":
+                self._bind(int(message["attempt"]))
+            case "start":
+                order = StartOrder(**{key: message[key] for key in StartOrder.__dataclass_fields__})
+                self._attempt, self._stop_workers = order.attempt, False
+                self._starting = asyncio.create_task(self._start(order))
+            case "stop":
+                self._stop_workers = True
+                self._workers.terminate()
+            case "kill":
+                await self._workers.kill()
+                if self._starting is not None:
+                    await self._starting
+                self._tell({"op": "killed", "reached": self._workers.reached, "done": self._workers.done})
+                self._ping()
+            case "stack":
+                task = asyncio.create_task(self._send_stacks(int(message["id"])))
+                self._stacking.add(task)
+                task.add_done_callback(self._stacking.discard)
+            case _:
+                pass  # a ping: to have heard it is all
+
+    def _bind(self, attempt: int) -> None:
+        """Every attempt has a store of its own, behind a port that nobody else can take."""
+        if self._store is not None:
+            self._store.close()
+        self._store = listen(self._job.backend.agent_address())
+        self._attempt = attempt
+        addr, port = self._store.getsockname()[:2]
+        self._tell({"op": "bound", "addr": addr, "port": port})
+
+    async def _start(self, order: StartOrder) -> None:
+        store, self._store = self._store, None
+        try:
+            started = await self._workers.start(order, store)
+        except (StartError, OSError) as error:
+            self._tell({"op": "start_failed", "message": str(error)})
+        else:
+            self._tell({"op": "started", **started})
+            self._ping()
+            if self._stop_workers:
+                self._workers.terminate()
+        finally:
+            if store is not None:
+                store.close()
+
+    async def _send_stacks(self, request: int) -> None:
+        self._tell({"op": "stacks", "id": request, "stacks": await self._workers.stacks()})
+
+    async def _keep_in_touch(self, channel: Channel) -> None:
+        """Heartbeats, and the end of a connection on which nothing was heard for too long."""
+        looked_at = time.monotonic()
+        while True:
+            self._ping()
+            await asyncio.sleep(self._timings.heartbeat_s)
+            now = time.monotonic()
+            if now - looked_at > self._timings.dead_after_s / 2:
+                self._heard_at = now  # it was us who slept: what was said meanwhile waits to be read
+            looked_at = now
+            if now - self._heard_at > self._timings.dead_after_s:
+                _say(f"nothing heard of the coordinator for {now - self._heard_at:.1f} s")
+                channel.abort()
+                return
+
+    def _ping(self) -> None:
+        self._tell({"op": "ping", "workers": self._workers.progress(), "reached": self._workers.reached})
+
+    def _tell(self, message: Message) -> None:
+        """To the coordinator; what is said while there is none concerns an attempt that is over."""
+        if self._channel is not None:
+            self._channel.send({**message, "attempt": self._attempt})
+
+    def _stop_signal(self, number: signal.Signals) -> None:
+        self._stop_count += 1
+        _say(f"{number.name}: asking the job to stop")
+        self._tell_stop()
+
+    def _tell_stop(self) -> None:
+        reason = f"node {self._options.node_rank} was told to stop"
+        self._tell({"op": "stop_requested", "reason": reason, "count": self._stop_count})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(argv)
+    set_process_name(f"dtrain node {options.node_rank}")
+    if os.getsid(0) != os.getpid() and os.getpgrp() != os.getpid():
+        os.setsid()  # all that the node runs is one session, which can be cleared
+    try:
+        return asyncio.run(_run(_load_job(options), options))
+    except DtrainError as error:
+        _say(str(error))
+        return error.exit_code
+
+
+async def _run(job: Job, options: Options) -> int:
+    return await Agent(job, options).run()
+
+
+def _load_job(options: Options) -> Job:
+    """Raises DtrainError where the run directory holds another job by now."""
+    run = RunDir(options.run_dir)
+    plan = JobPlan.from_json(read_json(run.job) or {})
+    if plan.job_id != options.job_id:
+        raise DtrainError(f"{run.job} describes job {plan.job_id}; this node was started for {options.job_id}")
+    backend = get_backend(plan.backend, options.agent_args)
+
+    def claim(skip: frozenset[tuple[int, int]]) -> Attempt:
+        storage = open_storage(plan.checkpoint_url)
+        return claim_attempt(storage, host=socket.gethostname(), job_id=plan.job_id, skip=skip)
+
+    token = read_token(run.control(plan.job_id))
+    return Job(plan=plan, backend=backend, token=token, timings=options.timings, claim=claim)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

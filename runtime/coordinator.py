@@ -1,0 +1,378 @@
+"""The one place where a job's decisions are made: gather the nodes, begin an attempt, watch it, decide, end.
+
+It lives inside the agent that won control/<job_id>/coordinator-<term>.json. Before each decision it makes sure that no
+later term exists; one that finds a later term stops deciding. What to decide is runtime/decide.py's, who is to blame
+runtime/culprit.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dtrain.cluster import exits
+from dtrain.cluster.backends import Backend
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.procs import ProcessId
+from dtrain.cluster.rundir import RunDir, append_event, read_json, write_atomic, write_once
+from dtrain.runtime.attemptlog import AttemptLog
+from dtrain.runtime.checkpoint.attempts import Attempt
+from dtrain.runtime.control import CoordinatorAddress, find_coordinator
+from dtrain.runtime.culprit import Fact, describe, find_culprit
+from dtrain.runtime.decide import Decision, Memory, decide, stopped
+from dtrain.runtime.jobstatus import JobStatus
+from dtrain.runtime.options import Timings
+from dtrain.runtime.roster import NOBODY, Message, Roster
+
+_MAX_STARTS = 3  # of one node that never joins
+_STACK_WAIT_S = 4.0
+
+Claim = Callable[[frozenset[tuple[int, int]]], Attempt]  # the checkpoints to pass over -> the next attempt
+
+
+class Deposed(Exception):
+    """A later term exists: this coordinator decides nothing any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a coordinator is given."""
+
+    plan: JobPlan
+    backend: Backend
+    token: bytes
+    timings: Timings
+    claim: Claim
+
+
+class Coordinator:
+    def __init__(self, job: Job, term: int) -> None:
+        self._job = job
+        self._plan = job.plan
+        self._run = RunDir(job.plan.run_dir)
+        self._control = self._run.control(job.plan.job_id)
+        self._term = term
+        stored = read_json(self._control.path / "memory.json")
+        self._memory = Memory() if stored is None else Memory.from_json(stored)
+        self._roster = Roster(self._control, job.token, job.plan.nodes, job.timings, self._answer_client)
+        self._status = JobStatus(job.plan, self._control, self._roster.members)
+        self._starts: dict[int, int] = {}  # node -> how often it was started again since it was last here
+        self._missing_since: dict[int, float] = {}
+        self._stop_counts: dict[int, int] = {}
+        self._stacks: dict[int, dict[int, Message]] = {}  # request -> node -> answer
+        self._requests = itertools.count(1)
+
+    async def open(self, node_rank: int, host: str) -> CoordinatorAddress:
+        """Opens the control port, for the record that claims the term."""
+        address = self._job.backend.agent_address()
+        port = await self._roster.open(address)
+        return CoordinatorAddress(
+            term=self._term, node_rank=node_rank, host=host, addr=address, port=port, pid=os.getpid()
+        )
+
+    async def close(self) -> None:
+        await self._roster.close()
+
+    async def run(self) -> None:
+        """Until the job has ended or another coordinator has taken over. Raises nothing."""
+        status = asyncio.create_task(self._keep_status())
+        try:
+            decision = await self._lead()
+            await self._end(decision)
+        except Deposed as notice:
+            print(f"coordinator of term {self._term}: {notice}", file=sys.stderr)
+        except Exception:
+            traceback.print_exc()
+            reason = f"an error inside dtrain: {traceback.format_exc().splitlines()[-1]}; see logs/agent-*.log"
+            with contextlib.suppress(Deposed):
+                await self._end(Decision(memory=self._memory, state="failed", exit_code=exits.FAILED, reason=reason))
+        finally:
+            status.cancel()
+            await self.close()
+
+    async def _lead(self) -> Decision:
+        """The job from here to its end, as a sequence of attempts."""
+        decision = await self._settle_interrupted() if self._memory.running else None
+        while decision is None or decision.state is None:
+            problem = await self._gather()
+            if self._memory.stop is not None:
+                return stopped(self._memory)
+            if problem:
+                return Decision(memory=self._memory, state="failed", exit_code=exits.FAILED, reason=problem)
+            attempt = await self._begin()
+            log = await self._watch(attempt)
+            decision = self._conclude(log)
+        return decision
+
+    async def _settle_interrupted(self) -> Decision:
+        """An attempt whose coordinator was lost; its nodes have ended their workers already."""
+        previous = read_json(self._control.coordinator(self._term - 1)) or {}
+        log = self._new_log(self._memory.attempt)
+        deadline = time.monotonic() + self._job.timings.evidence_s
+        while (left := deadline - time.monotonic()) > 0:
+            await self._next(left)
+        log.reached = max((member.reached for member in self._roster.members.values()), default=0)
+        node = int(previous.get("node_rank", 0))
+        text = f"node {node}, which coordinated the job, was lost"
+        log.facts.append(Fact(kind="node_lost", node=node, time=time.time(), message=text, step=log.reached))
+        self._event("node_lost", node=node, reason=text)
+        return self._conclude(log)
+
+    async def _gather(self) -> str:
+        """Waits until every node is here, replacing those that are not; a problem where one can't be had."""
+        while len(self._roster.members) < self._plan.nodes or not self._roster.inbox.empty():
+            if self._memory.stop is not None:
+                return ""
+            await self._next(0.05)
+            for node in set(range(self._plan.nodes)) - self._roster.members.keys():
+                if self._is_due(node):
+                    self._check_term()
+                    self._starts[node] = self._starts.get(node, 0) + 1
+                    if self._starts[node] > _MAX_STARTS:
+                        return f"node {node} did not join after {_MAX_STARTS} starts; see logs/agent-{node}.log"
+                    if self._job.backend.start_node(self._plan, node):
+                        print(f"node {node} is started again", file=sys.stderr)
+                    self._missing_since[node] = time.monotonic()
+        return ""
+
+    def _is_due(self, node: int) -> bool:
+        """Whether a missing node is to be started again: at once when its process is known to be dead."""
+        since = self._missing_since.setdefault(node, time.monotonic())
+        waited = time.monotonic() - since
+        record = read_json(self._control.node(node))
+        if record is not None and ProcessId.from_json(record).liveness() == "gone":
+            return waited > 0.1 * self._starts.get(node, 0)
+        known = node in self._starts or record is None or self._memory.attempt == 0
+        return waited > (self._job.timings.join_s if known else self._job.timings.dead_after_s)
+
+    async def _begin(self) -> Attempt:
+        """Takes the next attempt number and tells the node of global rank 0 to open the attempt's store."""
+        self._check_term()
+        attempt = await asyncio.to_thread(self._job.claim, frozenset(self._memory.skip))
+        self._check_term()
+        self._remember(replace(self._memory, attempt=attempt.number, running=True))
+        self._status.begin(attempt)
+        origin = {"step": attempt.from_step, "attempt": attempt.from_attempt} if attempt.from_step else None
+        self._event(
+            "attempt_started",
+            attempt=attempt.number,
+            world_size=self._plan.world_size,
+            nodes=self._plan.nodes,
+            **{"from": origin},
+        )
+        self._roster.send(0, {"op": "bind", "attempt": attempt.number})
+        return attempt
+
+    async def _watch(self, attempt: Attempt) -> AttemptLog:
+        """From the open store to the end of all workers, by themselves or by our hand."""
+        log = self._new_log(attempt.number)
+        for node in set(range(self._plan.nodes)) - self._roster.members.keys():
+            log.apply(node, {"op": "lost", "reason": "it left while the attempt was being prepared"})
+        begun, decide_at, stop_at = False, float("inf"), float("inf")
+        while not log.over:
+            now = time.monotonic()
+            if log.failed:
+                decide_at = min(decide_at, now + self._job.timings.evidence_s)
+            if (self._memory.stop is not None or exits.STOPPED in log.codes.values()) and stop_at == float("inf"):
+                stop_at = now + self._job.timings.stop_s
+                if not begun:
+                    break
+                self._roster.broadcast({"op": "stop", "attempt": attempt.number})
+            if now >= min(decide_at, stop_at) or max(self._stop_counts.values(), default=0) > 1:
+                break
+            received = await self._next(min(decide_at, stop_at) - now)
+            if received is None:
+                continue
+            node, message = received
+            log.apply(node, message)
+            if message.get("op") == "bound" and message.get("attempt") == attempt.number:
+                self._start_workers(attempt, message)
+                begun = True
+            if message.get("op") == "started" and len(log.started) == self._plan.nodes:
+                self._announce_workers(log)
+        await self._kill_workers(log)
+        return log
+
+    def _start_workers(self, attempt: Attempt, bound: Message) -> None:
+        self._check_term()
+        self._roster.broadcast(
+            {
+                "op": "start",
+                "attempt": attempt.number,
+                "master_addr": bound["addr"],
+                "master_port": bound["port"],
+                "resume_step": attempt.from_step,
+                "resume_attempt": attempt.from_attempt,
+            }
+        )
+
+    def _announce_workers(self, log: AttemptLog) -> None:
+        self._status.state = "running"
+        seconds = max(float(message["seconds"]) for message in log.started.values())
+        warm = all(bool(message["warm"]) for message in log.started.values())
+        self._event("workers_started", attempt=log.number, warm=warm, seconds=seconds)
+
+    async def _kill_workers(self, log: AttemptLog) -> None:
+        """Afterwards nothing of the attempt runs on any node that is still here."""
+        self._roster.broadcast({"op": "kill", "attempt": log.number})
+        deadline = time.monotonic() + 2 * self._job.timings.kill_s
+        while waiting := self._roster.members.keys() - log.gone:
+            received = await self._next(deadline - time.monotonic())
+            if received is not None:
+                log.apply(*received)
+            elif time.monotonic() >= deadline:
+                for node in waiting:
+                    self._roster.drop(node, "it did not end its workers")
+
+    def _conclude(self, log: AttemptLog) -> Decision:
+        """Names the culprit and decides."""
+        self._check_term()
+        self._status.finish_attempt(log.done)
+        culprit = find_culprit(log.facts) if log.facts else None
+        decision = decide(self._memory, log.outcome(culprit), self._plan.max_restarts_without_progress)
+        if culprit is not None and (self._memory.stop is None or decision.exit_code == exits.NEVER_RETRY):
+            failure = describe(culprit, log.number, range(self._plan.world_size)).to_json()
+            self._try(lambda: write_atomic(self._run.failure, json.dumps(failure, indent=1)))
+            self._event("failure", **failure)
+        for step, attempt in set(decision.memory.skip) - set(self._memory.skip):
+            message = "" if culprit is None else culprit.message
+            self._event("checkpoint_passed_over", step=step, attempt=attempt, message=message)
+        self._remember(decision.memory)
+        if decision.state is None:
+            self._status.state = "running"
+            self._event("restart", attempt=log.number, reason=decision.reason)
+        return decision
+
+    async def _end(self, decision: Decision) -> None:
+        """Puts the job's last word, tells every node, and waits until they have hung up."""
+        self._check_term()
+        step = self._status.step
+        record = {
+            "state": decision.state,
+            "exit_code": decision.exit_code,
+            "reason": decision.reason,
+            "step": step,
+            "at": round(time.time(), 3),
+        }
+        if write_once(self._control.ended, json.dumps(record), 0o600):
+            event = {key: record[key] for key in ("state", "exit_code", "reason", "step")}
+            self._event("ended", **event)
+        else:
+            record = read_json(self._control.ended) or record
+        self._status.end(str(record["state"]), str(record["reason"]))
+        self._try(self._status.write)
+        self._roster.broadcast({"op": "end", "exit_code": record["exit_code"]})
+        self._job.backend.clear(self._plan)
+        deadline = time.monotonic() + 2 * self._job.timings.kill_s
+        while self._roster.members and (left := deadline - time.monotonic()) > 0:
+            await self._next(left, ended=True)
+
+    async def _next(self, timeout_s: float, *, ended: bool = False) -> tuple[int, Message] | None:
+        """The next message, after what concerns the whole job in it was done; None when none came in time."""
+        timeout = None if timeout_s == float("inf") else max(0.0, timeout_s)
+        try:
+            node, message = await asyncio.wait_for(self._roster.inbox.get(), timeout)
+        except TimeoutError:
+            return None
+        match message.get("op"):
+            case "deposed" if not ended:
+                self._check_term()
+            case "joined":
+                self._starts.pop(node, None)
+                self._missing_since.pop(node, None)
+                self._event("node_joined", node=node, host=message["host"])
+            case "lost" if not ended:
+                self._event("node_lost", node=node, reason=message["reason"])
+            case "event":
+                self._worker_event(message)
+            case "stop_requested":
+                self._stop_requested(node, message)
+            case "stacks":
+                self._stacks.setdefault(int(message["id"]), {})[node] = message["stacks"]
+        return node, message
+
+    def _worker_event(self, message: Message) -> None:
+        fields = {str(key): value for key, value in message["event"].items()}
+        kind = str(fields.pop("type", "unknown"))
+        if kind == "checkpoint_committed":
+            self._status.checkpoint = int(fields.get("step", 0))
+        self._event(kind, **fields)
+
+    def _stop_requested(self, node: int, message: Message) -> None:
+        self._stop_counts[node] = int(message.get("count", 1))
+        if self._memory.stop is None:
+            reason = "cancelled by a person" if self._control.cancel.exists() else str(message["reason"])
+            self._remember(replace(self._memory, stop="cancel" if self._control.cancel.exists() else "stop"))
+            self._status.state = "stopping"
+            self._event("stopping", reason=reason)
+
+    async def _answer_client(self, message: Message) -> Message:
+        match message.get("op"):
+            case "status":
+                return {"status": self._status.compose()}
+            case "stop":
+                self._roster.inbox.put_nowait((NOBODY, {"op": "stop_requested", "reason": "asked for by a person"}))
+                return {"stopping": True}
+            case "stack":
+                return {"stacks": await self._collect_stacks()}
+            case other:
+                return {"error": f"there is no request {other!r}; known: stop, stack, status"}
+
+    async def _collect_stacks(self) -> dict[str, str]:
+        request = next(self._requests)
+        self._stacks[request] = {}
+        asked = set(self._roster.members)
+        self._roster.broadcast({"op": "stack", "id": request})
+        deadline = time.monotonic() + _STACK_WAIT_S
+        while asked & self._roster.members.keys() - self._stacks[request].keys() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        answers = self._stacks.pop(request)
+        missing = {
+            str(worker["global_rank"]): f"node {node} does not answer; last seen {worker}"
+            for node, member in self._roster.members.items()
+            if node not in answers
+            for worker in member.workers
+        }
+        return {**missing, **{rank: text for answer in answers.values() for rank, text in answer.items()}}
+
+    async def _keep_status(self) -> None:
+        while True:
+            self._try(self._status.write)
+            if self._is_deposed():
+                self._roster.inbox.put_nowait((NOBODY, {"op": "deposed"}))
+            await asyncio.sleep(self._job.timings.heartbeat_s)
+
+    def _new_log(self, number: int) -> AttemptLog:
+        return AttemptLog(number=number, num_nodes=self._plan.nodes, world_size=self._plan.world_size)
+
+    def _is_deposed(self) -> bool:
+        newest = find_coordinator(self._control)
+        return newest is not None and newest.term > self._term
+
+    def _check_term(self) -> None:
+        if self._is_deposed():
+            raise Deposed("another node coordinates the job now; this one decides nothing any more")
+
+    def _remember(self, memory: Memory) -> None:
+        self._memory = memory
+        self._try(lambda: write_atomic(self._control.path / "memory.json", memory.to_json(), 0o600))
+
+    def _event(self, kind: str, /, **fields: Any) -> None:
+        self._try(lambda: append_event(self._run, kind, **fields))
+
+    @staticmethod
+    def _try(write: Callable[[], object]) -> None:
+        """A full disk must not end a job that trains."""
+        try:
+            write()
+        except OSError as error:
+            print(f"can't write: {error}", file=sys.stderr)

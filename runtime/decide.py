@@ -1,0 +1,125 @@
+"""What follows from the end of an attempt: go on, or end, and how. Pure, so that every case is a line of a table.
+
+The memory is what one decision must know of those before; it lies in control/<job_id>/memory.json, so that the next
+coordinator decides as this one would have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from dtrain.cluster import exits
+from dtrain.runtime.culprit import Fact
+
+State = Literal["done", "stopped", "cancelled", "failed"]
+Stop = Literal["stop", "cancel"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    attempt: int = 0  # the attempt that runs, or ran last
+    running: bool = False  # whether its outcome has not been decided yet
+    reached: int = 0  # the furthest step that any attempt has worked on
+    committed: int = 0  # the newest step that any attempt has committed
+    stuck: int = 0  # attempts in a row that neither reached nor committed a new step
+    signature: str = ""  # of the last failure, where it was an exception of the user's code
+    skip: tuple[tuple[int, int], ...] = ()  # (step, attempt) of checkpoints found corrupt
+    stop: Stop | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Memory:
+        return Memory(**{**data, "skip": tuple((int(step), int(attempt)) for step, attempt in data["skip"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an attempt ended. `culprit` None: every worker ended with 0 or 85, or was told to."""
+
+    reached: int
+    committed: int = 0
+    codes: frozenset[int] = frozenset()
+    culprit: Fact | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """`state` None: start a new attempt."""
+
+    memory: Memory
+    reason: str
+    state: State | None = None
+    exit_code: int = exits.DONE
+
+
+def decide(memory: Memory, outcome: Outcome, max_stuck: int) -> Decision:
+    """One decision an attempt. `max_stuck`: recovery.max_restarts_without_progress."""
+    known = replace(
+        memory,
+        running=False,
+        reached=max(memory.reached, outcome.reached),
+        committed=max(memory.committed, outcome.committed),
+    )
+    culprit = outcome.culprit
+    if culprit is None and outcome.codes == {exits.DONE}:
+        return Decision(memory=known, state="done", exit_code=exits.DONE, reason="all steps are done")
+    if memory.stop is not None:
+        note = "" if culprit is None else f"; its last steps were not saved: {_summary(culprit)}"
+        return stopped(known, note)
+    if culprit is None:
+        return Decision(memory=known, state="stopped", exit_code=exits.STOPPED, reason="the workers were told to stop")
+    return _after_failure(memory, known, culprit, max_stuck)
+
+
+def stopped(memory: Memory, note: str = "") -> Decision:
+    """The end of a run that a person or a scheduler asked for."""
+    if memory.stop == "cancel":
+        return Decision(memory=memory, state="cancelled", exit_code=exits.CANCELLED, reason=f"cancelled{note}")
+    return Decision(memory=memory, state="stopped", exit_code=exits.STOPPED, reason=f"stopped on request{note}")
+
+
+def _after_failure(memory: Memory, known: Memory, culprit: Fact, max_stuck: int) -> Decision:
+    if not culprit.retry:
+        return _never(known, f"{_summary(culprit)}. Starting again would fail again")
+    damaged = _damaged_checkpoint(culprit)
+    if damaged is not None and damaged not in memory.skip:
+        reason = f"the checkpoint of step {damaged[0]} is damaged and is passed over"
+        return Decision(memory=replace(known, skip=(*memory.skip, damaged), signature=""), reason=reason)
+    signature = _signature(culprit)
+    if signature and signature == memory.signature:
+        return _never(known, f"the same exception twice at step {culprit.step}: {culprit.message}")
+    progressed = known.reached > memory.reached or known.committed > memory.committed
+    stuck = 0 if progressed else memory.stuck + 1
+    after = replace(known, stuck=stuck, signature=signature)
+    if stuck > max_stuck:
+        reason = f"{stuck} attempts in a row without a new step; the last one: {_summary(culprit)}"
+        return Decision(memory=after, state="failed", exit_code=exits.FAILED, reason=reason)
+    return Decision(memory=after, reason=_summary(culprit))
+
+
+def _never(memory: Memory, reason: str) -> Decision:
+    return Decision(memory=memory, state="failed", exit_code=exits.NEVER_RETRY, reason=reason)
+
+
+def _damaged_checkpoint(culprit: Fact) -> tuple[int, int] | None:
+    if culprit.kind != "corrupt_checkpoint" or not {"step", "attempt"} <= culprit.data.keys():
+        return None
+    return int(culprit.data["step"]), int(culprit.data["attempt"])
+
+
+def _signature(culprit: Fact) -> str:
+    """Equal for the same exception at the same place and step; empty for what is not the user's code's doing."""
+    if culprit.kind not in ("exception", "nonfinite") or culprit.victim:
+        return ""
+    message = re.sub(r"0x[0-9a-fA-F]+", "0x", culprit.message)  # addresses differ between processes
+    return f"{culprit.step}|{culprit.where}|{message}"
+
+
+def _summary(culprit: Fact) -> str:
+    who = f"node {culprit.node}" if culprit.global_rank is None else f"rank {culprit.global_rank}"
+    return f"{who}: {culprit.message.splitlines()[0] if culprit.message else culprit.kind}"

@@ -1,0 +1,186 @@
+"""A node's workers through its attempts: start all, watch, signal, end all. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.procs import clear_session
+from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.workerenv import WorkerEnv
+from dtrain.runtime.childproc import WorkerSpec
+from dtrain.runtime.nodelog import NodeLog
+from dtrain.runtime.options import Options
+from dtrain.runtime.warm import ExecStarter, Starter, StartError, WarmStarter
+from dtrain.runtime.workerproc import Notify, WorkerProcess
+
+_STACK_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOrder:
+    """What the coordinator settles for one attempt."""
+
+    attempt: int
+    master_addr: str
+    master_port: int
+    resume_step: int
+    resume_attempt: int
+
+
+class NodeWorkers:
+    """`notify` gets what workers tell and how they end, as messages for the coordinator without their attempt."""
+
+    def __init__(self, plan: JobPlan, options: Options, notify: Notify) -> None:
+        self._plan = plan
+        self._options = options
+        self._notify = notify
+        self._environ = worker_environ(plan, dict(os.environ))
+        self._workers: list[WorkerProcess] = []
+        self._log: NodeLog | None = None
+        self._warm: WarmStarter | None = self._start_warm() if plan.workers == "warm" else None
+        self._cold = ExecStarter(plan.python, self._environ)
+        self._changing = asyncio.Lock()  # held while workers are started or ended
+        self._killed = asyncio.Event()  # a start that is under way gives up
+        self.reached = 0  # the furthest step that a worker of the newest attempt has worked on
+        self.done = 0  # the furthest step that one has finished
+
+    def _start_warm(self) -> WarmStarter:
+        return WarmStarter(self._plan.python, self._environ, self._options.preload)
+
+    async def start(self, order: StartOrder, store: socket.socket | None) -> dict[str, Any]:
+        """Starts all workers; what to tell the coordinator of it. Raises StartError, also when `kill` came between."""
+        self._killed.clear()
+        async with self._changing:
+            started = time.monotonic()
+            self.reached = self.done = 0
+            self._log = NodeLog(RunDir(self._plan.run_dir).log(order.attempt, self._options.node_rank))
+            starter = await self._choose_starter()
+            for local_rank in range(self._plan.procs_per_node):
+                if self._killed.is_set():
+                    raise StartError("ended while the workers were being started")
+                worker = WorkerProcess(self._worker_env(order, local_rank), self._log, self._notify)
+                self._workers.append(worker)
+                starter = await self._start_one(worker, starter, store)
+            seconds = round(time.monotonic() - started, 3)
+            return {"warm": starter is not self._cold, "seconds": seconds}
+
+    async def _choose_starter(self) -> Starter:
+        """The warm parent once it has imported what it should; the wait ends early when `kill` is called."""
+        if self._warm is None:
+            return self._cold
+        if self._warm.dead:
+            self._warm = self._start_warm()
+        killed = asyncio.ensure_future(self._killed.wait())
+        either: set[asyncio.Future[Any]] = {self._warm.ready, killed}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        killed.cancel()
+        return self._warm
+
+    async def _start_one(self, worker: WorkerProcess, starter: Starter, store: socket.socket | None) -> Starter:
+        """Warm where that works, else plainly from this worker on; the starter for the next one."""
+        spec = WorkerSpec(
+            entry=self._options.entry,
+            cwd=self._plan.cwd,
+            sys_path=self._plan.sys_path,
+            worker=worker.env.to_environ(),
+        )
+        store_fd = store.fileno() if store is not None and worker.env.global_rank == 0 else -1
+        try:
+            await worker.start(starter, spec, store_fd)
+        except StartError as error:
+            if starter is self._cold:
+                raise
+            print(f"workers are started plainly (recovery.workers: exec): {error}", file=sys.stderr)
+            await worker.start(self._cold, spec, store_fd)
+            return self._cold
+        return starter
+
+    def _worker_env(self, order: StartOrder, local_rank: int) -> WorkerEnv:
+        plan = self._plan
+        gpus = plan.gpus_per_node
+        return WorkerEnv(
+            run_dir=plan.run_dir,
+            name=plan.name,
+            job_id=plan.job_id,
+            attempt=order.attempt,
+            global_rank=self._options.node_rank * plan.procs_per_node + local_rank,
+            local_rank=local_rank,
+            node_rank=self._options.node_rank,
+            world_size=plan.world_size,
+            local_world_size=plan.procs_per_node,
+            num_nodes=plan.nodes,
+            master_addr=order.master_addr,
+            master_port=order.master_port,
+            device=f"cuda:{local_rank % gpus}" if gpus else "cpu",
+            resume_step=order.resume_step,
+            resume_attempt=order.resume_attempt,
+        )
+
+    def progress(self) -> list[dict[str, Any]]:
+        """One record a worker, as `status --json` shows them and a few fields more."""
+        records = [worker.progress() for worker in self._workers]
+        self.reached = max([self.reached, *(int(record["step"]) for record in records)])
+        self.done = max([self.done, *(int(record["done"]) for record in records)])
+        return records
+
+    async def stacks(self) -> dict[str, str]:
+        texts = await asyncio.gather(*(worker.stack(_STACK_TIMEOUT_S) for worker in self._workers))
+        return {str(worker.env.global_rank): text for worker, text in zip(self._workers, texts, strict=True)}
+
+    def terminate(self) -> None:
+        """Asks the workers to save and end."""
+        for worker in self._workers:
+            worker.signal(signal.SIGTERM)
+
+    async def kill(self) -> None:
+        """Ends the workers and all that they started; afterwards nothing of the attempt runs on this node."""
+        self._killed.set()
+        async with self._changing:
+            await self._kill()
+
+    async def _kill(self) -> None:
+        for worker in self._workers:
+            worker.signal(signal.SIGKILL)
+        running = [worker.ended for worker in self._workers if worker.pid]
+        if running:
+            await asyncio.wait(running, timeout=self._options.timings.kill_s)
+        self.progress()
+        if os.getsid(0) == os.getpid():
+            warm = frozenset() if self._warm is None else frozenset({self._warm.pid})
+            clear_session(os.getpid(), frozenset({os.getpid()}) | warm)
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    async def close(self) -> None:
+        await self.kill()
+        if self._warm is not None:
+            self._warm.close()
+            self._warm = None
+
+
+def worker_environ(plan: JobPlan, environ: dict[str, str]) -> dict[str, str]:
+    """The workers' variables: what the user exported wins over the config, the config over what follows from cores."""
+    return {"OMP_NUM_THREADS": str(plan.threads_per_proc), **plan.env, **environ}
+
+
+def listen(address: str) -> socket.socket:
+    """A listening socket for a TCPStore on a port that was free; rank 0 inherits it, so nobody can take the port."""
+    with contextlib.ExitStack() as undo:
+        server = undo.enter_context(socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET))
+        server.bind((address, 0))
+        server.listen(4096)
+        undo.pop_all()
+    return server

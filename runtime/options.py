@@ -1,0 +1,57 @@
+"""What an agent is told on its command line, and the times by which agents and coordinator judge each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.runtime.childproc import DEFAULT_ENTRY
+
+# What every worker needs, and nothing that starts a thread: torch._inductor and torch.fx.experimental do (torch 2.13).
+PRELOAD = ("torch", "torch.distributed", "torch._dynamo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    heartbeat_s: float = 1.0
+    dead_after_s: float = 5.0  # silence after which a node, or the coordinator, counts as lost
+    handshake_s: float = 3.0
+    claim_delay_s: float = 0.1  # times the node rank: low ranks become coordinator first
+    evidence_s: float = 0.3  # from a failure's first sign to the decision, so that the culprit can speak
+    join_s: float = 30.0  # for a node to appear, before it is started again
+    kill_s: float = 5.0  # for a node to confirm that its workers are gone
+    stop_s: float = 60.0  # for workers to save and end after a stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    run_dir: str
+    job_id: str
+    node_rank: int
+    entry: str = DEFAULT_ENTRY
+    preload: tuple[str, ...] = PRELOAD
+    timings: Timings = Timings()
+    agent_args: tuple[str, ...] = ()  # the part of the command line that a replaced node must be given too
+
+
+def parse_options(argv: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(prog="dtrain.runtime.agent", description="starts and watches one node's workers")
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--job-id", required=True)
+    parser.add_argument("--node-rank", required=True, type=int)
+    parser.add_argument("--entry", default=DEFAULT_ENTRY, help="module:function that a worker runs")
+    parser.add_argument("--preload", default=",".join(PRELOAD), help="modules that the warm parent imports")
+    parser.add_argument("--timings", default="{}", help="JSON of fields of Timings")
+    given = parser.parse_args(argv)
+    passed_on = ("--entry", given.entry, "--preload", given.preload, "--timings", given.timings)
+    return Options(
+        run_dir=given.run_dir,
+        job_id=given.job_id,
+        node_rank=given.node_rank,
+        entry=given.entry,
+        preload=tuple(name for name in given.preload.split(",") if name),
+        timings=Timings(**json.loads(given.timings)),
+        agent_args=passed_on,
+    )
