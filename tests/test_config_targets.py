@@ -175,13 +175,8 @@ def test_an_interpreter_without_dtrain(tmp_path: Path) -> None:
 
 def test_the_child_sees_the_environment_of_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = (
-        "import os\nassert 'PYTHONSAFEPATH' not in os.environ\nassert os.environ['LEVEL'] == '3', os.environ['LEVEL']\n"
+        "import os\nassert 'PYTHONSAFEPATH' not in os.environ\nassert (level := os.environ['LEVEL']) == '3', level\n"
     )
-    (tmp_path / "mine.py").write_text(source + GOOD)
-    (tmp_path / "cfg.yaml").write_text(
-        "model: mine.f\ndata: {train: mine.f, batch_size: 1}\noptimizer: mine.g\ntrain: {steps: 1}\ncluster: {env: {LEVEL: 3}}\n"
-    )
-    config = load_config("cfg.yaml")
-    assert check_targets(config, sys.executable, [str(tmp_path)]) == []
+    assert _problems(tmp_path, source + GOOD, overrides=["cluster.env.LEVEL=3"]) == []
     monkeypatch.setenv("LEVEL", "4")
-    assert "AssertionError: 4" in check_targets(config, sys.executable, [str(tmp_path)])[0].message
+    assert "AssertionError: 4" in _problems(tmp_path, source + GOOD, overrides=["cluster.env.LEVEL=3"])[0].message
