@@ -142,6 +142,8 @@ class FileWriter:
             # NFS repeats a request whose answer was lost, and then finds the link that it made itself.
             if not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
                 raise AlreadyExists(f"{self._path} exists already") from error
+        except FileNotFoundError as error:
+            raise StorageError(f"can't commit {self._path}: its upload was removed while it was going on") from error
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise StorageError(

@@ -36,25 +36,32 @@ class _Group:
     total: int = 0
     position: int = 0
     bounds: list[int] = field(default_factory=list)  # bounds[j]: where owner j begins; one more at the end
+    low: int = 0  # the bounds of the rank that is planned for
+    high: int = 0
 
-    def close(self) -> None:
+    def close(self, rank: int | None) -> None:
         num = len(self.owners)
         self.bounds = [self.total * owner // num for owner in range(num + 1)]
+        if rank is not None:
+            place = self.owners.index(rank)
+            self.low, self.high = self.bounds[place], self.bounds[place + 1]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One part of a tensor in its group: bytes [begin, begin + num_slices * slice_bytes) of the group."""
+    """One part of tensors of one shape and item size; cut between the slices of `dim`."""
 
+    group: _Group
     box: Box
-    dim: int  # the dim that is cut
+    dim: int
     num_slices: int
     slice_bytes: int
-    begin: int
+    size_bytes: int
 
-    def cut(self, bound: int) -> int:
-        """The slice boundary nearest to a byte position of the group; monotonic, so neighbours agree."""
-        nearest = (2 * (bound - self.begin) + self.slice_bytes) // (2 * self.slice_bytes)
+    def cut(self, begin: int, bound: int) -> int:
+        """The slice boundary nearest to a byte position of the group, for a part that lies from `begin` on.
+        Monotonic in `bound`, so neighbours agree."""
+        nearest = (2 * (bound - begin) + self.slice_bytes) // (2 * self.slice_bytes)
         return min(max(nearest, 0), self.num_slices)
 
     def slices(self, first: int, last: int) -> Box:
@@ -67,25 +74,43 @@ class _Part:
 
 
 class _Groups:
-    """The groups of all layouts seen; remembers each layout's, as most tensors share a few layouts."""
+    """The parts of all tensors, by group. Tensors share few layouts and shapes: what was worked out is kept."""
 
     def __init__(self, world_size: int, rank: int | None) -> None:
         self._world_size = world_size
         self._rank = rank  # only parts that this rank holds; None: all parts
         self._of_layout: dict[int, list[tuple[int, _Group]]] = {}
         self._of_owners: dict[Owners, _Group] = {}
+        self._of_shape: dict[tuple[int, tuple[int, ...], int], list[_Part]] = {}
 
-    def of(self, layout: Layout) -> list[tuple[int, _Group]]:
-        """(index of the part, its group). The caller keeps the layout alive, so its id stays its own."""
-        found = self._of_layout.get(id(layout))
-        if found is None:
-            found = [
+    def measure(self, specs: Sequence[TensorSpec]) -> list[list[_Part]]:
+        """The parts of each tensor that hold elements; afterwards every group knows its bounds. The caller keeps the
+        layouts alive, so that an id stands for one layout."""
+        found = [self._parts(spec) for spec in specs]
+        for parts in found:
+            for part in parts:
+                part.group.total += part.size_bytes
+        for group in self._of_owners.values():
+            group.close(self._rank)
+        return found
+
+    def _parts(self, spec: TensorSpec) -> list[_Part]:
+        item = item_bytes(spec.dtype)
+        key = (id(spec.layout), spec.shape, item)
+        if key not in self._of_shape:
+            cells = [(part_box(spec.shape, spec.layout.parts, i), group) for i, group in self._owned(spec.layout)]
+            self._of_shape[key] = [_part(box, group, item) for box, group in cells if box.num_elements]
+        return self._of_shape[key]
+
+    def _owned(self, layout: Layout) -> list[tuple[int, _Group]]:
+        """(index of the part, its group)"""
+        if id(layout) not in self._of_layout:
+            self._of_layout[id(layout)] = [
                 (index, self._group(owners))
                 for index, owners in enumerate(layout.owners)
                 if self._rank is None or self._rank in owners
             ]
-            self._of_layout[id(layout)] = found
-        return found
+        return self._of_layout[id(layout)]
 
     def _group(self, owners: Owners) -> _Group:
         if owners not in self._of_owners:
@@ -94,20 +119,24 @@ class _Groups:
             self._of_owners[owners] = _Group(owners)
         return self._of_owners[owners]
 
-    def close(self) -> None:
-        for group in self._of_owners.values():
-            group.close()
+
+def _part(box: Box, group: _Group, item: int) -> _Part:
+    dim = next((d for d, size in enumerate(box.shape) if size > 1), 0)
+    num_slices = box.shape[dim] if box.shape else 1
+    size_bytes = box.num_elements * item
+    return _Part(group, box, dim, num_slices, size_bytes // num_slices, size_bytes)
 
 
 def plan_shares(specs: Sequence[TensorSpec], rank: int, world_size: int) -> list[Share]:
     """What `rank` writes. Over all ranks the shares cover every element of every tensor exactly once."""
-    groups = _Groups(world_size, rank)
-    _measure(specs, groups)
     shares = []
-    for spec in specs:
-        for part, group in _parts(spec, groups):
-            place = group.owners.index(rank)
-            first, last = part.cut(group.bounds[place]), part.cut(group.bounds[place + 1])
+    for spec, parts in zip(specs, _Groups(world_size, rank).measure(specs), strict=True):
+        for part in parts:
+            group, begin = part.group, part.group.position
+            group.position = end = begin + part.size_bytes
+            if end <= group.low or begin >= group.high:
+                continue
+            first, last = part.cut(begin, group.low), part.cut(begin, group.high)
             if first < last:
                 shares.append(Share(name=spec.name, box=part.slices(first, last)))
     return shares
@@ -118,36 +147,14 @@ def manifest_tensors(specs: Sequence[TensorSpec], world_size: int) -> dict[str, 
     # One owner a part: nothing is dealt out, and all tensors of the layout share one rule.
     layouts = {id(spec.layout): spec.layout for spec in specs}
     rules = {key: _owners_rule(layout) for key, layout in layouts.items()}
-    groups = _Groups(world_size, None)
-    _measure([spec for spec in specs if rules[id(spec.layout)] is None], groups)
+    dealt = [spec for spec in specs if rules[id(spec.layout)] is None]
+    parts = iter(_Groups(world_size, None).measure(dealt))
     return {
         spec.name: TensorInfo(
-            dtype=spec.dtype, shape=spec.shape, layout=rules[id(spec.layout)] or _dealt_rule(spec, groups)
+            dtype=spec.dtype, shape=spec.shape, layout=rules[id(spec.layout)] or _dealt_rule(spec, next(parts))
         )
         for spec in specs
     }
-
-
-def _measure(specs: Sequence[TensorSpec], groups: _Groups) -> None:
-    for spec in specs:
-        item = item_bytes(spec.dtype)
-        for index, group in groups.of(spec.layout):
-            group.total += part_box(spec.shape, spec.layout.parts, index).num_elements * item
-    groups.close()
-
-
-def _parts(spec: TensorSpec, groups: _Groups) -> Iterator[tuple[_Part, _Group]]:
-    """The parts that hold elements, each with its place in its group."""
-    item = item_bytes(spec.dtype)
-    for index, group in groups.of(spec.layout):
-        box = part_box(spec.shape, spec.layout.parts, index)
-        elements = box.num_elements
-        if elements == 0:
-            continue
-        dim = next((d for d, size in enumerate(box.shape) if size > 1), 0)
-        num_slices = box.shape[dim] if box.shape else 1
-        yield _Part(box, dim, num_slices, elements * item // num_slices, group.position), group
-        group.position += elements * item
 
 
 def _owners_rule(layout: Layout) -> GridRule | None:
@@ -156,18 +163,20 @@ def _owners_rule(layout: Layout) -> GridRule | None:
     return GridRule(parts=layout.parts, writers=_runs([owners[0] for owners in layout.owners]))
 
 
-def _dealt_rule(spec: TensorSpec, groups: _Groups) -> GridRule | BoxesRule:
-    pieces = [list(_pieces(part, group)) for part, group in _parts(spec, groups)]
+def _dealt_rule(spec: TensorSpec, parts: Sequence[_Part]) -> GridRule | BoxesRule:
+    pieces = [list(_pieces(part)) for part in parts]
     if len(pieces) == len(spec.layout.owners) and all(len(piece) == 1 for piece in pieces):
         return GridRule(parts=spec.layout.parts, writers=_runs([writer for ((writer, _),) in pieces]))
     return BoxesRule(boxes=tuple(piece for part in pieces for piece in part))
 
 
-def _pieces(part: _Part, group: _Group) -> Iterator[tuple[int, Box]]:
-    """(owner, what it writes of the part)."""
-    place, first = bisect_right(group.bounds, part.begin) - 1, 0
+def _pieces(part: _Part) -> Iterator[tuple[int, Box]]:
+    """(owner, what it writes of the part). Deals the part out: its group moves on."""
+    group, begin = part.group, part.group.position
+    group.position += part.size_bytes
+    place, first = bisect_right(group.bounds, begin) - 1, 0
     while first < part.num_slices:
-        last = part.cut(group.bounds[place + 1])
+        last = part.cut(begin, group.bounds[place + 1])
         if first < last:
             yield group.owners[place], part.slices(first, last)
         first, place = last, place + 1

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import xxhash
@@ -23,6 +23,7 @@ from dtrain.cluster.errors import CheckpointError, DtrainError, FencedError
 from dtrain.cluster.storage import Storage
 from dtrain.runtime.checkpoint import fields, names
 from dtrain.runtime.checkpoint.attempts import check_fence
+from dtrain.runtime.checkpoint.board import Board
 from dtrain.runtime.checkpoint.dtypes import item_bytes
 from dtrain.runtime.checkpoint.index import Entry, FileIndex, block_sums, encode_index, header_of
 from dtrain.runtime.checkpoint.manifest import FileInfo, Manifest, encode_manifest
@@ -34,16 +35,6 @@ from dtrain.strategies.boxes import Box, TensorSpec
 
 Local = Mapping[str, Sequence[tuple[Box, Tensor]]]
 _log = logging.getLogger(__name__)
-
-
-class Board(Protocol):
-    """Small messages between ranks, without a collective. Each key is set once and waited for once, by rank 0: an
-    implementation may forget it then."""
-
-    def set(self, key: str, value: bytes) -> None: ...
-
-    def wait(self, key: str, timeout_s: float) -> bytes:
-        """Blocks until `key` is set. Raises any exception after `timeout_s` seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +62,8 @@ class _Job:
 class Checkpointer:
     """Saves checkpoints of one rank of one attempt. One save is in flight at a time.
 
-    A save that fails leaves no manifest. Its error is raised once, by wait() or the next save(); with `on_error` it is
-    given to that (from the background thread) and save() goes on, except for FencedError: this process must end.
+    A save that fails leaves no manifest. Its error is raised by wait(), or by the next save() if nobody waited. After
+    that a later step may be saved; except after FencedError: then this process must end.
     """
 
     def __init__(
@@ -86,7 +77,6 @@ class Checkpointer:
         board: Board,
         on_commit: Callable[[Committed], None],
         keep: int | None,
-        on_error: Callable[[int, Exception], None] | None = None,
         timeout_s: float = 3600.0,
     ) -> None:
         """`on_commit` is called on rank 0, from the background thread. `timeout_s`: how long rank 0 waits for the other
@@ -98,13 +88,13 @@ class Checkpointer:
         self._strategy = strategy
         self._board = board
         self._on_commit = on_commit
-        self._on_error = on_error
         self._keep = keep
         self._timeout_s = timeout_s
         self._staging = Staging()
         self._planned: tuple[tuple[TensorSpec, ...], list[Share]] = ((), [])
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # of the newest step
+        self._error_told = False
         self._newest_step = -1
 
     def save(self, step: int, specs: Sequence[TensorSpec], local: Local, state: dict[str, Any]) -> None:
@@ -115,11 +105,10 @@ class Checkpointer:
         """
         began = time.monotonic()
         self._join()
-        if self._error is not None and (self._on_error is None or isinstance(self._error, FencedError)):
+        if not self._error_told or step == self._newest_step or isinstance(self._error, FencedError):
             self._raise_error()
         if step == self._newest_step:
             return
-        self._error = None
         entries = self._stage(specs, local)
         job = _Job(
             step=step,
@@ -129,20 +118,18 @@ class Checkpointer:
             state=json.loads(_plain_json(step, state)) if self._rank == 0 else {},
             began=began,
         )
-        self._newest_step = step
+        self._newest_step, self._error, self._error_told = step, None, False
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
         """Blocks until the last save is committed (rank 0) or this rank's part of it is written (others)."""
         self._join()
-        if self._error is not None:
-            self._raise_error()
+        self._raise_error()
 
     def close(self) -> None:
-        """Waits for the save in flight and forgets how it went."""
+        """Waits for the save in flight, whatever becomes of it, and gives the staging memory back."""
         self._join()
-        self._error = None
         self._staging = Staging()
 
     def _join(self) -> None:
@@ -151,11 +138,9 @@ class Checkpointer:
             self._thread = None
 
     def _raise_error(self) -> None:
-        error, self._error = self._error, None
-        assert error is not None
-        if isinstance(error, FencedError):
-            self._error = error  # stays: no later save may seem to succeed
-        raise error
+        if self._error is not None:
+            self._error_told = True
+            raise self._error
 
     def _stage(self, specs: Sequence[TensorSpec], local: Local) -> tuple[Entry, ...]:
         if self._planned[0] != tuple(specs):
@@ -184,8 +169,6 @@ class Checkpointer:
                 self._commit(job)
         except Exception as error:
             self._error = error
-            if self._on_error is not None:
-                self._on_error(job.step, error)
 
     def _write(self, job: _Job) -> dict[str, Any]:
         """This rank's data and index, durable under their names; what the manifest has to say about them."""

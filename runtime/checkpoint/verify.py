@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from dtrain.cluster.errors import CheckpointError, CorruptCheckpoint
+from dtrain.cluster.errors import CheckpointError
 from dtrain.cluster.storage import Storage
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo
@@ -35,44 +35,41 @@ def verify_checkpoint(storage: Storage, info: CheckpointInfo) -> list[Damage]:
     try:
         manifest = read_manifest(storage, info.step, info.attempt)
     except CheckpointError as error:
-        return [Damage(file=names.MANIFEST, tensor="", what=str(error))]
+        return [Damage(file=names.MANIFEST, tensor="", what=_words(error, info, names.MANIFEST))]
     damages: list[Damage] = []
     stored: dict[str, list[tuple[int, Entry]]] = {}
     readable = set()
-    sizes = {found.key: found.size_bytes for found in storage.list(f"{info.dir}/")}
+    directories = {info.dir, *(file.dir or info.dir for file in manifest.files)}
+    sizes = {found.key: found.size_bytes for name in directories for found in storage.list(f"{name}/")}
     for file in manifest.files:
         try:
             index = read_index(storage, manifest, file)
         except CheckpointError as error:
-            damages.append(Damage(file=file.index, tensor="", what=_words(error)))
+            damages.append(Damage(file=file.index, tensor="", what=_words(error, info, file.index)))
             continue
         readable.add(file.writer)
         for entry in index.entries:
             stored.setdefault(entry.name, []).append((file.writer, entry))
-        damages += _check_file(storage, manifest, file, index, sizes)
+        damages += _check_file(storage, manifest, file, index, sizes.get(manifest.key(file, file.name)))
     damages += _check_tensors(manifest, stored, readable)
     return damages
 
 
 def _check_file(
-    storage: Storage, manifest: Manifest, file: FileInfo, index: FileIndex, sizes: dict[str, int]
+    storage: Storage, manifest: Manifest, file: FileInfo, index: FileIndex, found_bytes: int | None
 ) -> Iterator[Damage]:
-    found = sizes.get(manifest.key(file, file.name), None if file.dir is None else file.size_bytes)
-    if found is None:
+    if found_bytes is None:
         yield Damage(file=file.name, tensor="", what="is missing")
         return
-    if found != file.size_bytes:
-        yield Damage(file=file.name, tensor="", what=f"has {found} bytes, not {file.size_bytes}")
-    if found < file.size_bytes:
-        yield from (Damage(file=file.name, tensor=e.name, what="is cut off") for e in index.entries if e.end > found)
-    try:
-        if not _header_fits(storage, manifest, file, index):
-            yield Damage(file=file.name, tensor="", what="has a header that does not match the index")
-        for entry in index.entries:
-            if entry.end <= found:
-                yield from _check_entry(storage, manifest, file, entry)
-    except CorruptCheckpoint as error:
-        yield Damage(file=file.name, tensor=error.tensor, what=_words(error))
+    if found_bytes != file.size_bytes:
+        yield Damage(file=file.name, tensor="", what=f"has {found_bytes} bytes, not {file.size_bytes}")
+    if found_bytes >= index.header_bytes and not _header_fits(storage, manifest, file, index):
+        yield Damage(file=file.name, tensor="", what="has a header that does not match the index")
+    for entry in index.entries:
+        if entry.end > found_bytes:
+            yield Damage(file=file.name, tensor=entry.name, what="is cut off")
+        else:
+            yield from _check_entry(storage, manifest, file, entry)
 
 
 def _header_fits(storage: Storage, manifest: Manifest, file: FileInfo, index: FileIndex) -> bool:
@@ -133,5 +130,7 @@ def _promised(info: TensorInfo) -> list[tuple[int, Box]]:
     return [(info.layout.writer_of(index), box) for index, box in enumerate(boxes) if box.num_elements]
 
 
-def _words(error: CheckpointError) -> str:
-    return str(error)
+def _words(error: CheckpointError, info: CheckpointInfo, file: str) -> str:
+    """What is wrong, without the names that a Damage gives anyway."""
+    words = str(error).removeprefix(f"step {info.step} of attempt {info.attempt} is damaged: ")
+    return words.removeprefix(f"{info.dir}/{file}").removeprefix(":").strip()
