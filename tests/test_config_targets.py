@@ -167,7 +167,7 @@ def test_a_missing_interpreter(tmp_path: Path) -> None:
 
 def test_an_interpreter_without_dtrain(tmp_path: Path) -> None:
     bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec "{sys.base_prefix}/bin/python3" -S "$@"\n')
+    bare.write_text(f'#!/bin/sh\nexec "{sys.base_prefix}/bin/python3" -S -E "$@"\n')
     bare.chmod(0o755)
     (problem,) = _problems(tmp_path, GOOD, python=str(bare))
     assert problem.message == f"the nodes' Python {bare} has no dtrain. Install it there: {bare} -m pip install dtrain"
