@@ -274,7 +274,9 @@ class Coordinator:
         self._job.backend.clear(self._plan)
         deadline = time.monotonic() + 2 * self._job.timings.kill_s
         while self._roster.members and (left := deadline - time.monotonic()) > 0:
-            await self._next(left, ended=True)
+            received = await self._next(left, ended=True)
+            if received is not None and received[1].get("op") == "joined":  # it came while we were ending
+                self._roster.send(received[0], {"op": "end", "exit_code": record["exit_code"]})
 
     async def _next(self, timeout_s: float, *, ended: bool = False) -> tuple[int, Message] | None:
         """The next message, after what concerns the whole job in it was done; None when none came in time."""

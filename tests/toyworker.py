@@ -73,7 +73,8 @@ def _fail(do: str, env: WorkerEnv, step: int) -> None:
             print("last words", file=sys.stderr)
             os._exit(7)
         case "child":
-            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            Path(env.run_dir, "child").write_text(str(child.pid))
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":
             time.sleep(600)

@@ -1,0 +1,88 @@
+"""What follows from the end of an attempt, as a table: facts in, decision out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dtrain.runtime.culprit import Fact
+from dtrain.runtime.decide import Decision, Memory, Outcome, decide
+
+
+def error(step: int = 5, message: str = "ValueError: bad", **changes: Any) -> Fact:
+    return Fact(
+        **{"kind": "exception", "node": 0, "global_rank": 1, "time": 1.0, "step": step, "message": message, **changes}
+    )
+
+
+KILLED = Fact(kind="signal", node=0, global_rank=1, time=1.0, step=5, message="killed by SIGKILL", signal=9)
+LOST = Fact(kind="node_lost", node=1, time=1.0, step=5, message="node 1 was lost")
+CORRUPT = Fact(
+    kind="corrupt_checkpoint", node=0, global_rank=0, time=1.0, message="damaged", data={"step": 40, "attempt": 2}
+)
+SEEN = Memory(attempt=3, reached=5, signature="5||ValueError: bad")
+STUCK = Memory(attempt=3, reached=5, stuck=2)
+
+CASES = [
+    ("all done", Memory(), Outcome(reached=9, codes=frozenset({0})), "done", 0),
+    ("all stopped", Memory(), Outcome(reached=9, codes=frozenset({85})), "stopped", 85),
+    ("some done, some stopped", Memory(), Outcome(reached=9, codes=frozenset({0, 85})), "stopped", 85),
+    ("asked to stop", Memory(stop="stop"), Outcome(reached=9, codes=frozenset({85})), "stopped", 85),
+    ("asked to stop, done anyway", Memory(stop="stop"), Outcome(reached=9, codes=frozenset({0})), "done", 0),
+    ("asked to stop, killed", Memory(stop="stop"), Outcome(reached=9), "stopped", 85),
+    ("a failure while stopping", Memory(stop="stop"), Outcome(reached=9, culprit=KILLED), "stopped", 85),
+    ("cancelled", Memory(stop="cancel"), Outcome(reached=9, codes=frozenset({85})), "cancelled", 3),
+    ("a worker killed", Memory(), Outcome(reached=5, culprit=KILLED), None, 0),
+    ("a node lost", Memory(), Outcome(reached=5, culprit=LOST), None, 0),
+    ("an exception", Memory(), Outcome(reached=5, culprit=error()), None, 0),
+    ("the same exception again", SEEN, Outcome(reached=5, culprit=error()), "failed", 93),
+    ("the same a step later", SEEN, Outcome(reached=6, culprit=error(step=6)), None, 0),
+    ("another at the same step", SEEN, Outcome(reached=5, culprit=error(message="KeyError: 1")), None, 0),
+    ("the same as a victim", SEEN, Outcome(reached=5, culprit=error(victim=True)), None, 0),
+    ("never retry", Memory(), Outcome(reached=0, culprit=error(retry=False)), "failed", 93),
+    ("stuck once more", STUCK, Outcome(reached=5, culprit=KILLED), None, 0),
+    ("stuck too often", Memory(reached=5, stuck=3), Outcome(reached=5, culprit=KILLED), "failed", 1),
+    ("stuck, then a step further", Memory(reached=5, stuck=3), Outcome(reached=6, culprit=KILLED), None, 0),
+    ("stuck, then a commit", Memory(reached=5, stuck=3), Outcome(reached=5, committed=3, culprit=KILLED), None, 0),
+    ("a damaged checkpoint", Memory(reached=50, stuck=3), Outcome(reached=0, culprit=CORRUPT), None, 0),
+    (
+        "the same damaged one",
+        Memory(reached=50, stuck=3, skip=((40, 2),)),
+        Outcome(reached=0, culprit=CORRUPT),
+        "failed",
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("memory", "outcome", "state", "code"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
+)
+def test_decision(memory: Memory, outcome: Outcome, state: str | None, code: int) -> None:
+    decision = decide(memory, outcome, max_stuck=3)
+    assert (decision.state, decision.exit_code) == (state, code)
+    assert decision.reason
+    assert not decision.memory.running
+
+
+def test_addresses_in_a_message_do_not_make_it_another_exception() -> None:
+    first = decide(Memory(), Outcome(reached=5, culprit=error(message="bad <A at 0x7f01>")), max_stuck=3)
+    second = decide(first.memory, Outcome(reached=5, culprit=error(message="bad <A at 0x7f99>")), max_stuck=3)
+    assert second.exit_code == 93
+
+
+def test_progress_clears_the_count_and_a_damaged_checkpoint_does_not_count() -> None:
+    def after(memory: Memory, reached: int, culprit: Fact) -> Decision:
+        return decide(memory, Outcome(reached=reached, culprit=culprit), max_stuck=3)
+
+    assert after(STUCK, 5, KILLED).memory.stuck == 3
+    assert after(STUCK, 6, KILLED).memory.stuck == 0
+    passed = after(STUCK, 0, CORRUPT).memory
+    assert (passed.stuck, passed.skip) == (2, ((40, 2),))
+
+
+def test_the_next_coordinator_reads_what_this_one_knew() -> None:
+    memory = Memory(attempt=4, running=True, reached=7, stuck=1, signature="x", skip=((40, 2), (30, 1)), stop="cancel")
+    assert Memory.from_json(json.loads(memory.to_json())) == memory
