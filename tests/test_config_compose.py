@@ -100,6 +100,13 @@ def test_short_forms_merge_and_replace(words: list[str], schedule: tuple[str, in
     assert (found.name, found.warmup) == schedule
 
 
+def test_a_short_form_replaces_all_of_a_mapping_in_the_file(file: Path) -> None:
+    file.write_text(TEXT.replace("strategy: fsdp", "strategy: {name: fsdp, shard: 1}"))
+    assert load_config("cfg.yaml", ["strategy=ddp"]).strategy == StrategyConfig(name="ddp")
+    with pytest.raises(ConfigError, match="shard 1 does not go with ddp"):
+        load_config("cfg.yaml", ["strategy.name=ddp"])
+
+
 def test_a_schedule_of_ones_own() -> None:
     found = load_config("cfg.yaml", ["schedule={_target_: torch.optim.lr_scheduler.StepLR, step_size: 3}"]).run.schedule
     assert found == Target(target="torch.optim.lr_scheduler.StepLR", kwargs={"step_size": 3})
