@@ -70,5 +70,5 @@ def sample(model: nn.Module, prompt: str = "def ", length: int = 300, context: i
     device, text = next(model.parameters()).device, torch.tensor([list(prompt.encode())])  # (1, seq)
     for _ in range(length):
         logits = model(text[:, -context:].to(device))[0, -1].float().cpu()
-        text = torch.cat([text, torch.multinomial(F.softmax(logits / 0.7, dim=-1), 1)[None]], dim=1)
+        text = torch.cat([text, torch.multinomial(F.softmax(logits, dim=-1), 1)[None]], dim=1)
     return bytes(text[0].tolist()).decode(errors="replace")
