@@ -1,0 +1,230 @@
+"""Step time: dtrain's training loop against a hand-written DDP loop, 2 processes, blocks of steps in turn in one run.
+
+    python benchmarks/step_time.py [--blocks N] [--steps N]
+
+Both sides train the demo's GPT (4 layers of 128) in the same two processes on the same batches: sum over a global batch
+of 32, AdamW, clipping, the loss read every step. dtrain's side also agrees on stops, seeds its random numbers, keeps
+the schedule, checks that all is finite and writes metrics.jsonl. Printed: the ratios of the pairs of blocks, in wall
+time and in CPU time of rank 0's process; the second one is steadier where other programs are running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+from dtrain.cluster.workerenv import WorkerEnv
+from dtrain.runtime.build import build
+from dtrain.runtime.config import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, Target, TrainConfig
+from dtrain.runtime.data import Batches, BatchPlan, count_samples
+from dtrain.runtime.metrics import MetricsLog
+from dtrain.runtime.progress import ProgressWriter
+from dtrain.runtime.ranks import Ranks, process_group
+from dtrain.runtime.report import Reporter
+from dtrain.runtime.schedules import make_schedule
+from dtrain.runtime.task import autocast, make_loss
+from dtrain.runtime.trainer import Training, train
+from dtrain.strategies.config import StrategyConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+WORLD_SIZE, BATCH_SIZE, RATE, CLIP = 2, 32, 1e-3, 1.0
+CONFIG = RunConfig(
+    name="step-time",
+    model=Target(target="gpt.GPT", kwargs={"context": 64}),
+    data=DataConfig(train=Target(target="gpt.SourceText", kwargs={"context": 64}), batch_size=BATCH_SIZE),
+    optimizer=OptimizerConfig(target=Target(target="torch.optim.AdamW", kwargs={"lr": RATE})),
+    train=TrainConfig(steps=1_000_000, clip_grad_norm=CLIP),
+    loss=Target(target="gpt.loss", kwargs={}),
+    schedule=ScheduleConfig(name="cosine", warmup=10),
+)
+
+
+class NoSaves:
+    def due(self, step: int) -> bool:
+        return False
+
+    def save(self, step: int, position: int) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+def dtrain_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
+    """A function that trains some more steps with dtrain's own loop."""
+    import gpt
+
+    wrapped, _ = build(CONFIG, StrategyConfig(name="ddp"), ranks, nodes=WORLD_SIZE)
+    dataset = gpt.SourceText(context=64)
+    plan = BatchPlan(
+        len(dataset),
+        batch_size=BATCH_SIZE,
+        seed=0,
+        shuffle=True,
+        rank=ranks.global_rank,
+        world_size=WORLD_SIZE,
+        micro_batch=None,
+    )
+    job = Training(
+        config=CONFIG.train,
+        wrapped=wrapped,
+        schedule=make_schedule(CONFIG.schedule, wrapped.optimizer, CONFIG.train.steps, 0),
+        plan=plan,
+        batches=Batches(
+            dataset,
+            plan,
+            seed=0,
+            start_step=0,
+            steps=CONFIG.train.steps,
+            collate=None,
+            count=count_samples,
+            workers=0,
+            device=ranks.device,
+        ),
+        loss=make_loss(CONFIG.loss),
+        autocast=autocast("fp32", ranks.device, cache=True),
+        ranks=ranks,
+        saves=NoSaves(),
+        evaluate=None,
+        metrics=MetricsLog(run_dir / "metrics.jsonl", 0) if ranks.global_rank == 0 else None,
+        progress=ProgressWriter(-1),
+        report=Reporter(-1),
+        stop_requested=lambda: False,
+        attempt=1,
+        start_step=0,
+        batch_size=BATCH_SIZE,
+    )
+    done = 0
+
+    def more(steps: int) -> None:
+        nonlocal done
+        train(dataclasses.replace(job, start_step=done, config=dataclasses.replace(job.config, steps=done + steps)))
+        done += steps
+
+    return more
+
+
+def hand_written_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
+    """What a careful person writes with DistributedDataParallel, the loss kept every step."""
+    import gpt
+
+    torch.manual_seed(0)
+    model = DistributedDataParallel(gpt.GPT(context=64), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    dataset = gpt.SourceText(context=64)
+    sampler: DistributedSampler[object] = DistributedSampler(dataset)
+    loader = DataLoader(dataset, batch_size=BATCH_SIZE // WORLD_SIZE, sampler=sampler)
+    log = open(run_dir / "hand.jsonl", "w")  # noqa: SIM115  open as long as the process
+
+    def endless() -> Iterator[list[torch.Tensor]]:
+        while True:
+            yield from loader
+
+    batches = endless()
+
+    def more(steps: int) -> None:
+        for _ in range(steps):
+            batch = next(batches)
+            optimizer.zero_grad()
+            loss = gpt.loss(model(batch[0]), (batch[0], batch[1]))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            mean = loss.detach()
+            dist.all_reduce(mean)  # the loss of the global batch, as dtrain records it
+            if ranks.global_rank == 0:
+                log.write(json.dumps({"loss": mean.item() / WORLD_SIZE}) + "\n")
+                log.flush()
+
+    return more
+
+
+def run_rank(rank: int, port: int, run_dir: Path, blocks: int, steps: int) -> None:
+    torch.set_num_threads(1)
+    env = WorkerEnv(
+        run_dir=str(run_dir),
+        name="step-time",
+        job_id="bench",
+        attempt=1,
+        global_rank=rank,
+        local_rank=rank,
+        node_rank=0,
+        world_size=WORLD_SIZE,
+        local_world_size=WORLD_SIZE,
+        num_nodes=1,
+        master_addr="127.0.0.1",
+        master_port=port,
+        device="cpu",
+    )
+    with process_group(env) as ranks:
+        sides = {"dtrain": dtrain_side(ranks, run_dir), "by hand": hand_written_side(ranks, run_dir)}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for block in range(blocks + 1):
+            order = list(sides) if block % 2 else list(reversed(sides))
+            for name in order:
+                dist.barrier()
+                began = time.perf_counter(), time.process_time()
+                sides[name](steps)
+                dist.barrier()
+                ended = time.perf_counter(), time.process_time()
+                times[name].append(((ended[0] - began[0]) / steps, (ended[1] - began[1]) / steps))
+        if rank == 0:
+            report({name: found[1:] for name, found in times.items()})  # the first block warms up
+
+
+def report(times: dict[str, list[tuple[float, float]]]) -> None:
+    for kind, what in enumerate(("wall", "CPU")):
+        ours, theirs = ([pair[kind] * 1e3 for pair in times[name]] for name in ("dtrain", "by hand"))
+        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"{what:4s}  dtrain {statistics.median(ours):7.2f} ms a step, by hand {statistics.median(theirs):7.2f}; "
+            f"ratio median {middle:.3f}, quartiles {low:.3f} .. {high:.3f} ({len(ratios)} pairs)"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=10, help="steps a block")
+    options = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        pids = []
+        for rank in range(WORLD_SIZE):
+            if (pid := os.fork()) == 0:
+                try:
+                    run_rank(rank, port, Path(folder), options.blocks, options.steps)
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                    os._exit(1)
+                sys.stdout.flush()
+                os._exit(0)
+            pids.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    sys.exit(max(map(abs, codes)))
+
+
+if __name__ == "__main__":
+    main()
