@@ -211,10 +211,10 @@ def outcome_lines(ended: Mapping[str, Any], *, steps: int | None, run_dir: str, 
     """The last words of a run. `again`: the command that continues it."""
     state, step, reason = ended.get("state"), ended.get("step"), ended.get("reason")
     at = f" at step {step}" + (f" of {steps}" if steps else "") if step is not None else ""
-    why = f": {reason}" if reason else ""
+    why = f": {reason}" if reason and reason != state else ""  # "cancelled: cancelled" says nothing
     lines = {
         "done": [Said(f"done{at}", "good")],
-        "stopped": [Said(f"stopped{at}, its state is saved{why}", "good")],
+        "stopped": [Said(f"stopped{at}{why or ': its state is saved'}", "good")],
         "cancelled": [Said(f"cancelled{at}{why}", "bad")],
     }.get(str(state), [Said(f"{state}{at}{why}", "bad")])
     lines += [Said(f"  run dir      {run_dir}"), Said(f"  checkpoints  {url}")]

@@ -63,6 +63,7 @@ class RunView:
         self._log: LineTail | None = None
         self._printed = RankZeroLines()
         self._chosen: list[str] | None = None
+        self._evidence: list[str] | None = None
         self._attempts = 0
 
     def poll(self) -> None:
@@ -104,10 +105,15 @@ class RunView:
                 return  # a restart chooses the same again
             self._chosen = event.get("lines")
         if kind == "failure":
-            self._show_log()
             self._printed.drop_traceback()
+            event = self._without_known_evidence(event)
         for said in event_lines(event):
             self._screen.say(said)
+
+    def _without_known_evidence(self, failure: dict[str, Any]) -> dict[str, Any]:
+        """A restart that meets the same error shows its traceback once."""
+        known, self._evidence = self._evidence, failure.get("evidence")
+        return {**failure, "evidence": ["(the same as before)"]} if known and known == self._evidence else failure
 
     def _show_metrics(self, up_to_step: int | None) -> None:
         while self._pending and (up_to_step is None or self._pending[0].get("step", 0) <= up_to_step):

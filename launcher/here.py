@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -43,7 +44,7 @@ def train_here(job: Job, since: Bookmark) -> int:
     append_event(job.run, "attempt_started", **{"attempt": attempt.number, "world_size": 1, "nodes": 1, "from": origin})
     _prepare_process(job)
     screen = PlainScreen(job.steps, sys.stdout)
-    with _ctrl_c() as interrupts, _shown(job, screen, since) as report_fd:
+    with _ctrl_c() as interrupts, _shown(job, attempt, screen, since) as report_fd:
         # torch comes with the worker, and only now: the launcher itself never imports it.
         worker = importlib.import_module("dtrain.runtime.worker")
         code = int(worker.main(_worker_env(job, attempt, report_fd)))
@@ -118,14 +119,13 @@ def _ctrl_c() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _shown(job: Job, screen: PlainScreen, since: Bookmark) -> Iterator[int]:
+def _shown(job: Job, attempt: Attempt, screen: PlainScreen, since: Bookmark) -> Iterator[int]:
     """A descriptor for the worker's reports; a thread puts them into the run's records and shows these."""
     read_fd, write_fd = os.pipe()
     over = threading.Event()
     pump = threading.Thread(target=_pump, args=(job.run, read_fd), name="dtrain-reports", daemon=True)
-    view = threading.Thread(
-        target=_watch, args=(RunView(job.run, screen, since), over), name="dtrain-view", daemon=True
-    )
+    shown = RunView(job.run, screen, since)
+    view = threading.Thread(target=_watch, args=(job, attempt, shown, over), name="dtrain-view", daemon=True)
     pump.start()
     view.start()
     try:
@@ -139,11 +139,23 @@ def _shown(job: Job, screen: PlainScreen, since: Bookmark) -> Iterator[int]:
         os.close(read_fd)
 
 
-def _watch(view: RunView, over: threading.Event) -> None:
-    while not over.wait(POLL_S):
-        view.poll()
-    view.poll()
+def _watch(job: Job, attempt: Attempt, view: RunView, over: threading.Event) -> None:
+    while not over.is_set():
+        _write_status(job, attempt)
+        for _ in range(5):
+            over.wait(POLL_S)
+            view.poll()
     view.close()
+    _write_status(job, attempt)
+
+
+def _write_status(job: Job, attempt: Attempt) -> None:
+    """What the coordinator writes for a job that has one."""
+    step = max(attempt.from_step, bookmark(job.run).newest[1])
+    worker = {"global_rank": 0, "local_rank": 0, "node": 0, "host": socket.gethostname(), "pid": os.getpid()}
+    status: dict[str, Any] = {"state": "running", "step": step, "steps": job.steps, "attempt": attempt.number}
+    status |= {"world_size": 1, "nodes": 1, "workers": [{**worker, "step": step, "phase": ""}], "checkpoint": None}
+    write_atomic(job.control.status, json.dumps({**status, "reason": "", "seen_at": time.time()}), 0o600)
 
 
 def _pump(run: RunDir, descriptor: int) -> None:

@@ -67,6 +67,8 @@ def describe_checkpoint(url: str, info: CheckpointInfo) -> str:
 def read_job(path: str | os.PathLike[str]) -> Job | None:
     """The job of the run directory `path`; None where no run was ever submitted."""
     run = RunDir(path)
+    if not os.path.isfile(run.job):  # a label may also be the name of a file here, or no file name at all
+        return None
     data = read_json(run.job)
     if data is None:
         return None

@@ -6,6 +6,7 @@ The first half is pure; `read_status` gathers the facts and gives the documented
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +44,8 @@ def derive(facts: Facts) -> Derived:
     status = facts.status or {}
     seen_at = status.get("seen_at")
     if facts.ended is not None:
-        return Derived(
-            state=str(facts.ended["state"]), reason=str(facts.ended.get("reason") or ""), seen_at=facts.ended.get("at")
-        )
+        state, reason = str(facts.ended["state"]), str(facts.ended.get("reason") or "")
+        return Derived(state=state, reason=reason, seen_at=facts.ended.get("at"))
     if facts.backend == "unknown":
         return Derived(state="unknown", reason="the back end can't be asked from here", seen_at=seen_at)
     starting = facts.status is None and facts.now - facts.submitted_at < STARTING_S
@@ -66,8 +66,18 @@ def gather(job: Job, backend_state: str) -> Facts:
     )
 
 
+# What `status --json` says of a worker; status.json has more, for people.
+WORKER_KEYS = ("global_rank", "local_rank", "node", "host", "pid", "step", "phase")
+
+
+def documented(status: Mapping[str, Any]) -> dict[str, Any]:
+    """The object that scripts may rely on, and nothing beside it."""
+    workers = [{key: worker.get(key) for key in WORKER_KEYS} for worker in status["workers"]]
+    return {**status, "workers": workers}
+
+
 def read_status(job: Job, *, look_for_checkpoint: bool = True) -> dict[str, Any]:
-    """The object of `status --json`. `look_for_checkpoint` False spares the store a listing, for tables of runs."""
+    """The object of `status --json`, its workers with more. `look_for_checkpoint` False spares the store a listing."""
     # ended.json is read again after the processes were found gone: a job that ends in between has ended, not died.
     facts = gather(job, job.backend_state())
     derived = derive(facts)

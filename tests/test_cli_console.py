@@ -162,7 +162,7 @@ def test_last_words() -> None:
         "done at step 300 of 300\n  run dir      /r\n  checkpoints  file:///r/c"
     )
     assert words(state="stopped", exit_code=85, step=37, reason="SIGTERM").startswith(
-        "stopped at step 37 of 300, its state is saved: SIGTERM"
+        "stopped at step 37 of 300: SIGTERM"
     )
     assert words(state="failed", exit_code=1, step=37, reason="x").endswith("\n  continue:  dtrain launch a.yaml")
     assert words(state="failed", exit_code=93, step=37, reason="x").endswith(

@@ -189,7 +189,7 @@ def test_first_ctrl_c_saves_and_ends_with_85(start: Start) -> None:
     assert follower.wait(timeout=20) == 85
     assert agent.wait(timeout=20) == 85
     assert "Ctrl-C: saving and stopping" in said
-    assert "stopped at step 7 of 100, its state is saved" in said
+    assert "stopped at step 7 of 100: its state is saved" in said
     assert "continue:  dtrain launch toy.yaml" in said
 
 

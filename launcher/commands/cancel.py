@@ -69,7 +69,7 @@ def _say_how_it_ended(job: Job) -> int:
         ended = read_json(job.control.ended)
     if ended is None:
         raise UsageError(f"{job.control.ended} can't be written")
-    reason = f": {ended['reason']}" if ended.get("reason") else ""
+    reason = f": {ended['reason']}" if ended.get("reason") not in (None, "", ended["state"]) else ""
     print(f"{job.plan.name}: {ended['state']} at step {ended['step']}{reason}")
     print(f"  to go on all the same:  {again_command(job)}")
     return exits.DONE

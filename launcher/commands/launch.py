@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 from dtrain.cluster import exits
 from dtrain.cluster.backends import get_backend
 from dtrain.cluster.errors import ConfigError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
+from dtrain.launcher.commands.status import view
 from dtrain.launcher.compose import LaunchConfig, load_config
 from dtrain.launcher.console import plural
 from dtrain.launcher.follow import bookmark, follow
 from dtrain.launcher.lease import Busy, launching
 from dtrain.launcher.plan import make_plan
-from dtrain.launcher.runs import Job
+from dtrain.launcher.runs import Job, read_job
 from dtrain.launcher.screen import make_screen
+from dtrain.launcher.state import read_status
 from dtrain.launcher.submit import Settled, header, new_job_id, record, settle, submit
 from dtrain.launcher.targetcheck import check_targets
 
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as lease:
         config, plan, settled = _claim(args, first, lease)
         if settled.decision.action == "refuse":
-            raise UsageError("\n".join([str(plan.run_dir), *settled.decision.lines]))
+            _refuse(plan, settled)
         if settled.decision.action == "done":
             print(f"{plan.name}: {' '.join(settled.decision.lines)}\n  run dir      {plan.run_dir}")
             return exits.DONE
@@ -69,6 +73,13 @@ def run(args: argparse.Namespace) -> int:
 
         return train_here(job, since)
     return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
+
+
+def _refuse(plan: JobPlan, settled: Settled) -> NoReturn:
+    there = read_job(plan.run_dir)
+    if there is not None:
+        print("\n".join(view(read_status(there), None, now=time.time())), flush=True)
+    raise UsageError(f"{plan.run_dir}: " + "\n".join(settled.decision.lines))
 
 
 def _load(args: argparse.Namespace, *, name: str | None, run_dir: str | None) -> LaunchConfig:

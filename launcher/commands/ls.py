@@ -12,7 +12,7 @@ from typing import Any
 from dtrain.cluster import exits
 from dtrain.launcher.console import duration
 from dtrain.launcher.runs import known_jobs
-from dtrain.launcher.state import read_status
+from dtrain.launcher.state import documented, read_status
 
 HELP = "The runs that were launched from this account, and those under ./runs; the newest first."
 COLUMNS = ("RUN", "STATE", "STEP", "AGE", "NODES", "BACKEND", "RUN DIR")
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     jobs = known_jobs(Path.cwd())
-    found = [read_status(job, look_for_checkpoint=False) for job in jobs]
+    found = [documented(read_status(job, look_for_checkpoint=False)) for job in jobs]
     if args.json:
         print(json.dumps(found, ensure_ascii=False))
     elif not found:

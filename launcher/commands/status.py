@@ -14,9 +14,10 @@ from dtrain.cluster import exits
 from dtrain.cluster.rundir import read_json
 from dtrain.launcher.console import duration, failure_view, plural
 from dtrain.launcher.runs import resolve
-from dtrain.launcher.state import read_status
+from dtrain.launcher.state import documented, read_status
 
 HELP = "Where a run stands: its job, its workers with step and phase, the newest checkpoint, the last failure."
+IDLE_S = 5.0  # a worker that shows no change for longer than this is worth a word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         print(remark, file=sys.stderr)
     status = read_status(job)
     if args.json:
-        print(json.dumps(status, ensure_ascii=False))
+        print(json.dumps(documented(status), ensure_ascii=False))
     else:
         print("\n".join(view(status, read_json(job.run.failure), now=time.time())))
     return exits.UNKNOWN if status["state"] == "unknown" else exits.DONE
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 def view(status: Mapping[str, Any], failure: Mapping[str, Any] | None, *, now: float) -> list[str]:
     """The human page; `failure` is the content of failure.json."""
-    reason = f": {status['reason']}" if status["reason"] else ""
+    reason = f": {status['reason']}" if status["reason"] not in ("", status["state"]) else ""
     seen = f" (seen {duration(max(0.0, now - status['seen_at']))} ago)" if status["seen_at"] else ""
     layout = f"{plural(status['nodes'], 'node')}, {plural(status['world_size'], 'rank')}, attempt {status['attempt']}"
     checkpoint = "none yet" if status["checkpoint"] is None else f"step {status['checkpoint']}"
@@ -58,4 +59,6 @@ def view(status: Mapping[str, Any], failure: Mapping[str, Any] | None, *, now: f
 
 def _worker(worker: Mapping[str, Any]) -> str:
     place = f"node {worker.get('node')} ({worker.get('host')}, pid {worker.get('pid')})"
-    return f"rank {worker.get('global_rank'):<7} {place}  step {worker.get('step')}  {worker.get('phase')}"
+    idle_s = worker.get("idle_s") or 0.0
+    idle = f", no change for {duration(idle_s)}" if idle_s > IDLE_S else ""
+    return f"rank {worker.get('global_rank'):<7} {place}  step {worker.get('step')}  {worker.get('phase')}{idle}"
