@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
@@ -30,6 +31,10 @@ TOOLS_FILES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".h
 TOOLS_TEMP_PREFIXES = ("torchinductor_",)  # torch's compile cache, one a user
 # multiprocessing starts one a process and keeps it on purpose.
 TOOLS_PROCESSES = ("multiprocessing.resource_tracker",)
+
+# Tests are about behaviour: how long an example takes says something about the machine only.
+hypothesis.settings.register_profile("dtrain", deadline=None)
+hypothesis.settings.load_profile("dtrain")
 
 
 @pytest.fixture(autouse=True)
