@@ -119,6 +119,8 @@ def test_references_see_defaults_and_the_absolute_run_dir(tmp_path: Path) -> Non
     assert config.name == "n3-0"
     assert config.run.model.kwargs["width"] == 8
     assert config.run.checkpoint.url == f"{tmp_path}/out/n3-0/c"
+    assert load_config("cfg.yaml", ["checkpoint.url=kept/here"]).run.checkpoint.url == f"{tmp_path}/kept/here"
+    assert load_config("cfg.yaml", ["checkpoint.url=file:///kept"]).run.checkpoint.url == "file:///kept"
 
 
 AWKWARD: dict[str, Any] = {

@@ -187,6 +187,12 @@ def test_dollar_dollar_is_literal_and_stays_so_when_referred_to() -> None:
     }  # fmt: skip
 
 
+def test_references_reach_through_references() -> None:
+    assert _resolved({"s": {"t": "$${n}", "u": "${n}"}, "r": "${s}", "a": "${r.t}", "b": "${r.u}", "n": 1}) == {
+        "s": {"t": "${n}", "u": 1}, "r": {"t": "${n}", "u": 1}, "a": "${n}", "b": 1, "n": 1
+    }  # fmt: skip
+
+
 def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/h")
     assert _resolved({"a": "~/data", "b": "x~/y", "c": "${a}/z"}) == {
