@@ -1,10 +1,10 @@
-"""Start and recovery: from the command to the first finished step, dtrain against torchrun; from a kill to the next step.
+"""Start and recovery: dtrain against torchrun to the first finished step; from a kill to the next step.
 
     python benchmarks/startup.py [--rounds N]
 
-Both sides train the demo's GPT with 4 ranks on one node, in turn: `dtrain launch` (config checked, targets checked, agent,
-warm workers) and `torchrun` with an equivalent hand-written DDP script. Then one worker of dtrain's run is killed with
-SIGKILL, and the time until a step is finished that was not finished before is taken, replayed steps included.
+Both sides train the demo's GPT with 4 ranks on one node, in turn: `dtrain launch` (config checked, targets checked,
+agent, warm workers) and `torchrun` with an equivalent hand-written DDP script. Then one worker of dtrain's run is killed
+with SIGKILL, and the time until a step is finished that was not finished before is taken, replayed steps included.
 """
 
 from __future__ import annotations
@@ -75,7 +75,13 @@ def torchrun(folder: Path) -> float:
     """Seconds from the command to the first finished step."""
     (folder / "train.py").write_text(SCRIPT)
     mark = folder / "done"
-    command = [BIN / "torchrun", "--standalone", f"--nproc-per-node={RANKS}", folder / "train.py", mark]
+    command: list[str | Path] = [
+        BIN / "torchrun",
+        "--standalone",
+        f"--nproc-per-node={RANKS}",
+        folder / "train.py",
+        mark,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         seconds = wait_for(mark.exists, process)
@@ -95,7 +101,14 @@ def dtrain(folder: Path) -> tuple[float, float]:
     """(seconds from the command to the first finished step, seconds from a worker's kill to the next new step)."""
     (folder / "bench.yaml").write_text(CONFIG)
     run_dir = folder / "run"
-    command = [BIN / "dtrain", "launch", "--run-dir", run_dir, folder / "bench.yaml", f"cluster.procs_per_node={RANKS}"]
+    command: list[str | Path] = [
+        BIN / "dtrain",
+        "launch",
+        "--run-dir",
+        run_dir,
+        folder / "bench.yaml",
+        f"cluster.procs_per_node={RANKS}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         started = wait_for(lambda: records(run_dir), process)
@@ -127,11 +140,8 @@ def main() -> None:
             flush=True,
         )
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    print(
-        f"first step: torchrun {statistics.median(theirs):.2f} s, dtrain launch {statistics.median(ours):.2f} s",
-        end="; ",
-    )
-    print(f"ratio median {statistics.median(ratios):.2f}, worst {max(ratios):.2f}")
+    print(f"first step: torchrun median {statistics.median(theirs):.2f} s, dtrain {statistics.median(ours):.2f} s")
+    print(f"ratio: median {statistics.median(ratios):.2f}, worst {max(ratios):.2f}")
     print(f"kill to the next new step: median {statistics.median(recoveries):.2f} s, worst {max(recoveries):.2f} s")
 
 
