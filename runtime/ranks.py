@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dtrain.cluster.workerenv import WorkerEnv
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # as torch.distributed re-exports them
+
+from dtrain.cluster.workerenv import WorkerEnv
 
 # Peers die loudly (their connections close) and the agents end what hangs; this is only the last resort.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
