@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,15 +124,35 @@ def clear_session(session: int, spare: frozenset[int]) -> None:
         time.sleep(0.002)
 
 
+_STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+def unblock_stops() -> None:
+    """From here on SIGTERM and SIGINT arrive, also those that have waited."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+
+@contextlib.contextmanager
+def _stops_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _detached: list[subprocess.Popen[bytes]] = []  # kept only so that those that ended while we live are reaped
 
 
 def start_detached(argv: list[str], *, cwd: str, environ: dict[str, str], log: Path) -> ProcessId:
-    """Starts a process that outlives this one: own session, no stdin, output appended to `log`."""
+    """Starts a process that outlives this one: own session, no stdin, output appended to `log`.
+
+    It begins with SIGTERM and SIGINT blocked, so that one sent before it can handle them waits: see `unblock_stops`.
+    """
     for earlier in list(_detached):
         if earlier.poll() is not None:
             _detached.remove(earlier)
-    with open(log, "ab") as output:
+    with open(log, "ab") as output, _stops_blocked():
         process = subprocess.Popen(
             argv,
             cwd=cwd,

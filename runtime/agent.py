@@ -20,7 +20,7 @@ from dtrain.cluster import exits
 from dtrain.cluster.backends import get_backend
 from dtrain.cluster.errors import DtrainError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.procs import ProcessId, set_process_name
+from dtrain.cluster.procs import ProcessId, set_process_name, unblock_stops
 from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
 from dtrain.cluster.storage import open_storage
 from dtrain.runtime.channel import Channel, connect
@@ -58,6 +58,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop_signal, number)
+        unblock_stops()
         try:
             await self._register()
             while self._is_mine():
@@ -271,6 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(job: Job, options: Options) -> int:
+    plan = job.plan
+    device = f"{plan.gpus_per_node} GPUs" if plan.gpus_per_node else "CPU"
+    each = f"{plan.procs_per_node} workers x {plan.threads_per_proc} threads on {device}"
+    _say(f"node {options.node_rank} of {plan.nodes}: {each}, interface {job.backend.agent_address()}")
     return await Agent(job, options).run()
 
 

@@ -219,7 +219,8 @@ class Coordinator:
         self._status.state = "running"
         seconds = max(float(message["seconds"]) for message in log.started.values())
         warm = all(bool(message["warm"]) for message in log.started.values())
-        self._event("workers_started", attempt=log.number, warm=warm, seconds=seconds)
+        note = "; ".join(sorted({str(message["note"]) for message in log.started.values() if message["note"]}))
+        self._event("workers_started", attempt=log.number, warm=warm, seconds=seconds, note=note)
 
     async def _kill_workers(self, log: AttemptLog) -> None:
         """Afterwards nothing of the attempt runs on any node that is still here."""
@@ -311,11 +312,11 @@ class Coordinator:
 
     def _stop_requested(self, node: int, message: Message) -> None:
         self._stop_counts[node] = int(message.get("count", 1))
-        if self._memory.stop is None:
-            reason = "cancelled by a person" if self._control.cancel.exists() else str(message["reason"])
-            self._remember(replace(self._memory, stop="cancel" if self._control.cancel.exists() else "stop"))
+        cancelled = self._control.cancel.exists()
+        if self._memory.stop is None or (cancelled and self._memory.stop == "stop"):
+            self._remember(replace(self._memory, stop="cancel" if cancelled else "stop"))
             self._status.state = "stopping"
-            self._event("stopping", reason=reason)
+            self._event("stopping", reason="cancelled by a person" if cancelled else str(message["reason"]))
 
     async def _answer_client(self, message: Message) -> Message:
         match message.get("op"):

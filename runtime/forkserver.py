@@ -27,7 +27,7 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-from dtrain.cluster.procs import die_with_parent, set_process_name
+from dtrain.cluster.procs import die_with_parent, set_process_name, unblock_stops
 from dtrain.runtime.childproc import WorkerFds, WorkerSpec, leave, run_worker
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -136,6 +136,7 @@ def main() -> int:
     # A scheduler may signal every process of a job; to stop is the agent's decision.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    unblock_stops()  # what is blocked here would be blocked in every worker
     channel = socket.socket(fileno=options.fd)
     os.set_inheritable(options.fd, False)
     server = Server(channel)

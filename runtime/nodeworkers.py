@@ -48,6 +48,7 @@ class NodeWorkers:
         self._log: NodeLog | None = None
         self._warm: WarmStarter | None = self._start_warm() if plan.workers == "warm" else None
         self._cold = ExecStarter(plan.python, self._environ)
+        self._note = ""  # why the workers were not started warm
         self._changing = asyncio.Lock()  # held while workers are started or ended
         self._killed = asyncio.Event()  # a start that is under way gives up
         self.reached = 0  # the furthest step that a worker of the newest attempt has worked on
@@ -62,6 +63,7 @@ class NodeWorkers:
         async with self._changing:
             started = time.monotonic()
             self.reached = self.done = 0
+            self._note = ""
             self._log = NodeLog(RunDir(self._plan.run_dir).log(order.attempt, self._options.node_rank))
             starter = await self._choose_starter()
             for local_rank in range(self._plan.procs_per_node):
@@ -71,7 +73,7 @@ class NodeWorkers:
                 self._workers.append(worker)
                 starter = await self._start_one(worker, starter, store)
             seconds = round(time.monotonic() - started, 3)
-            return {"warm": starter is not self._cold, "seconds": seconds}
+            return {"warm": starter is not self._cold, "seconds": seconds, "note": self._note}
 
     async def _choose_starter(self) -> Starter:
         """The warm parent once it has imported what it should; the wait ends early when `kill` is called."""
@@ -99,7 +101,8 @@ class NodeWorkers:
         except StartError as error:
             if starter is self._cold:
                 raise
-            print(f"workers are started plainly (recovery.workers: exec): {error}", file=sys.stderr)
+            self._note = f"node {self._options.node_rank} starts its workers plainly: {error}"
+            print(self._note, file=sys.stderr, flush=True)
             await worker.start(self._cold, spec, store_fd)
             return self._cold
         return starter

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from dtrain.runtime.childproc import DEFAULT_ENTRY
 
-# What every worker needs, and nothing that starts a thread: torch._inductor and torch.fx.experimental do (torch 2.13).
-PRELOAD = ("torch", "torch.distributed", "torch._dynamo")
+# What every worker needs, and nothing that starts a thread (torch._inductor and torch.fx.experimental do, torch 2.13)
+# or touches a device. Our own worker is the last fifth of a second.
+PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "dtrain.runtime.worker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +101,9 @@ def launch(tmp_path: Path) -> Iterator[Make]:
     """launch(script, nodes=2, workers="warm") starts a job; whatever still runs at the end is killed."""
     jobs: list[ToyJob] = []
 
-    def start(script: dict[str, Any], *, timings: dict[str, float] | None = None, **changes: Any) -> ToyJob:
+    def start(
+        script: dict[str, Any], *, timings: dict[str, float] | None = None, submit: bool = True, **changes: Any
+    ) -> ToyJob:
         plan = JobPlan(
             name="toy",
             run_dir=str(tmp_path),
@@ -127,7 +130,8 @@ def launch(tmp_path: Path) -> Iterator[Make]:
         job.run.job.write_text(json.dumps(plan.to_json()))
         job.files.path.mkdir(parents=True, mode=0o700)
         job.files.token.write_text(secrets.token_hex(32))
-        job.backend.submit(plan)
+        if submit:
+            job.backend.submit(plan)
         jobs.append(job)
         return job
 
@@ -240,11 +244,27 @@ def test_cancel_ends_with_3(launch: Make) -> None:
     assert (ended["state"], ended["exit_code"]) == ("cancelled", 3)
 
 
-def test_stop_before_any_worker_runs(launch: Make) -> None:
+@pytest.mark.parametrize("when", ["at once", "when a node has joined"])
+def test_stop_before_any_worker_runs(launch: Make, when: str) -> None:
     job = launch(FOREVER)
-    job.until(lambda: job.events("node_joined"), "a node")
+    if when != "at once":
+        job.until(lambda: job.events("node_joined"), "a node")
     job.backend.stop(job.plan)
     assert job.until_ended()["exit_code"] == 85
+
+
+def test_the_killed_launching_process_is_not_missed(launch: Make, tmp_path: Path) -> None:
+    job = launch(script(), submit=False)
+    text = "import sys, time; from pathlib import Path; from dtrain.cluster.jobplan import JobPlan; import json\n"
+    text += "from dtrain.cluster.local import LocalBackend\n"
+    text += "plan = JobPlan.from_json(json.loads(Path('job.json').read_text()))\n"
+    text += "LocalBackend(agent_args=tuple(sys.argv[1:])).submit(plan); print('submitted', flush=True); time.sleep(600)"
+    argv = [sys.executable, "-c", text, *job.backend.agent_args]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()
+        launcher.kill()
+    assert job.until_ended()["state"] == "done"
 
 
 def test_workers_that_do_not_stop_are_killed(launch: Make) -> None:
@@ -264,6 +284,9 @@ def test_a_killed_agent_takes_its_node_along_and_is_replaced(launch: Make, victi
     members = job.session(node)
     assert len(members) == 3  # agent, warm parent, worker
     killed = job.agent(node)
+    for process in members:
+        if process.pid != killed.pid:
+            process.suspend()  # so that nobody but the kernel can end them
     os.kill(killed.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(members, timeout=5)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -90,7 +90,8 @@ def test_a_worker_finds_its_world(tmp_path: Path, workers: str) -> None:
     body = """\
         record = {"rank": env.global_rank, "from": [env.resume_step, env.resume_attempt], "toy": os.environ["TOY"],
                   "omp": os.environ["OMP_NUM_THREADS"], "cwd": os.getcwd(), "comm": open("/proc/self/comm").read(),
-                  "term": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "same": os.environ["RANK"]}
+                  "term": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "same": os.environ["RANK"],
+                  "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, ()))}
         print(json.dumps(record))
         return 85 if env.global_rank else 0
     """
@@ -115,6 +116,7 @@ def test_a_worker_finds_its_world(tmp_path: Path, workers: str) -> None:
         "comm": "dtrain 1/2\n",
         "term": True,
         "same": "1",
+        "blocked": [],
     }
 
 
@@ -169,7 +171,7 @@ def test_a_warm_parent_whose_imports_fail(tmp_path: Path, capfd: pytest.CaptureF
 def test_a_dead_warm_parent_takes_the_workers_along_and_is_replaced(tmp_path: Path) -> None:
     async def scene(node: Node) -> None:
         await node.workers.start(ORDER, None)
-        parent = next(child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline()))
+        parent = next(child for child in psutil.Process().children() if _alive(child.pid) and _is_warm(child))
         forked = parent.children()
         assert len(forked) == 2
         os.kill(parent.pid, signal.SIGKILL)
@@ -193,6 +195,10 @@ def test_a_forked_child_of_a_worker_dies_with_it(tmp_path: Path) -> None:
         await until(lambda: not any(_alive(pid) for pid in children))
 
     play(tmp_path, body, scene)
+
+
+def _is_warm(process: psutil.Process) -> bool:
+    return "dtrain.runtime.forkserver" in process.cmdline()
 
 
 def _alive(pid: int) -> bool:
