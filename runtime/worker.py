@@ -61,10 +61,12 @@ def main(env: WorkerEnv) -> int:
 
 
 def _stop_flag() -> Callable[[], bool]:
-    """SIGTERM sets a flag, nothing more. SIGINT belongs to the launching process."""
+    """SIGTERM sets a flag, nothing more. SIGINT belongs to the launching process; where this is the launching process
+    (`launch --here`) it has set a handler of its own, which stays."""
     flag = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: flag.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return flag.is_set
 
 
