@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 SIZE_BYTES = 512
 _PLACE_BYTES = 256
-# sequence, attempt, global_rank, step, done, collective, phase, changed_at; then length and text of the place
-_HEAD = struct.Struct("=QIIQQQId")
-_SEQUENCE = struct.Struct("=Q")
+# attempt, global_rank, step, done, collective, phase, changed_at; then length and text of the place
+_HEAD = struct.Struct("=IIQQQId")
 _PLACE = struct.Struct(f"=H{_PLACE_BYTES}s")
 
 
@@ -59,7 +58,6 @@ class ProgressWriter:
 
     def __init__(self, fd: int, *, attempt: int = 0, global_rank: int = 0) -> None:
         self._memory = mmap.mmap(fd, SIZE_BYTES) if fd >= 0 else mmap.mmap(-1, SIZE_BYTES)
-        self._sequence = 0
         self._attempt = attempt
         self._global_rank = global_rank
         self._step = 0
@@ -93,13 +91,8 @@ class ProgressWriter:
         text = place.encode()[:_PLACE_BYTES]
         self._write(_PLACE.pack(len(text), text))
 
-    def _write(self, place: bytes | None = None) -> None:
-        # A sequence lock: odd while the record changes, so that a reader knows to look again.
-        self._sequence += 1
-        _SEQUENCE.pack_into(self._memory, 0, self._sequence)
-        self._sequence += 1
+    def _write(self, place: bytes = b"") -> None:
         head = _HEAD.pack(
-            self._sequence - 1,
             self._attempt,
             self._global_rank,
             self._step,
@@ -108,10 +101,10 @@ class ProgressWriter:
             self._phase,
             time.monotonic(),
         )
-        self._memory[8 : _HEAD.size] = head[8:]
-        if place is not None:
+        # One copy of a few words, without a lock: a read that meets it may mix two neighbouring moments, no more.
+        self._memory[: _HEAD.size] = head
+        if place:
             self._memory[_HEAD.size : _HEAD.size + len(place)] = place
-        _SEQUENCE.pack_into(self._memory, 0, self._sequence)
 
 
 class ProgressReader:
@@ -121,15 +114,7 @@ class ProgressReader:
         self._memory = mmap.mmap(fd, SIZE_BYTES, prot=mmap.PROT_READ)
 
     def read(self) -> Progress:
-        """The newest whole record; one that a dead worker left half written is given as it is."""
-        raw = self._memory[:SIZE_BYTES]
-        for _ in range(100):
-            before = raw
-            raw = self._memory[:SIZE_BYTES]
-            sequence = _SEQUENCE.unpack_from(raw)[0]
-            if sequence % 2 == 0 and raw == before:
-                break
-        return _decode(raw)
+        return _decode(self._memory[:SIZE_BYTES])
 
     def close(self) -> None:
         with contextlib.suppress(BufferError):
@@ -137,7 +122,7 @@ class ProgressReader:
 
 
 def _decode(raw: bytes) -> Progress:
-    _, attempt, global_rank, step, done, collective, phase, changed_at = _HEAD.unpack_from(raw)
+    attempt, global_rank, step, done, collective, phase, changed_at = _HEAD.unpack_from(raw)
     length, place = _PLACE.unpack_from(raw, _HEAD.size)
     known = phase in Phase._value2member_map_
     return Progress(
