@@ -152,6 +152,11 @@ class TestResolve:
         assert resolve("toy", tmp_path)[0].plan == job.plan
 
 
+def test_the_registry_is_where_state_belongs() -> None:
+    assert labels.registry({"XDG_STATE_HOME": "/s", "HOME": "/h"}) == Path("/s/dtrain/runs.jsonl")
+    assert labels.registry({"HOME": "/h"}) == Path("/h/.local/state/dtrain/runs.jsonl")
+
+
 class TestStatus:
     def test_json_is_the_documented_object(
         self, tmp_path: Path, start_agent: Agent, capsys: pytest.CaptureFixture[str]
