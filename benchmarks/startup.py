@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--rounds N]
 
 Both sides train the demo's GPT with 4 ranks on one node, in turn: `dtrain launch` (config checked, targets checked,
-agent, warm workers) and `torchrun` with an equivalent hand-written DDP script. Then one worker of dtrain's run is killed
-with SIGKILL, and the time until a step is finished that was not finished before is taken, replayed steps included.
+agent, warm workers) and `torchrun` with an equivalent hand-written DDP script. Then one worker of dtrain's run gets a
+SIGKILL, and the time until a step is finished that was not finished before is taken, replayed steps included.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def wait_for(ready: Callable[[], object], process: subprocess.Popen[bytes], limi
         if time.perf_counter() - began > limit_s:
             raise TimeoutError(f"not ready after {limit_s} s")
         if process.poll() not in (None, 0):
-            raise RuntimeError(f"{process.args} ended with {process.returncode}")
+            raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
         time.sleep(0.005)
     return time.perf_counter() - began
 

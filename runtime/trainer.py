@@ -80,10 +80,10 @@ def train(job: Training) -> Outcome:
         seed_everything(job.config.seed, 0x57E9, step, job.ranks.global_rank)
         result = _step(job, step, micro_batches, count, lr)
         _record(job, step, micro_batches, result, lr, time.perf_counter() - began)
+        if save_due or step == job.config.steps:  # before the evaluation: it may be long
+            _save(job, step)
         if job.evaluate and (step == job.config.steps or (job.config.eval_every and step % job.config.eval_every == 0)):
             _evaluate(job, step)
-        if save_due or step == job.config.steps:
-            _save(job, step)
     job.progress.phase(Phase.FINISHING)
     job.saves.wait()
     return Outcome.DONE

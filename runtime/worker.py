@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -231,7 +232,8 @@ def describe(
 
 
 def _report_failure(error: BaseException, report: Reporter) -> int:
-    """What the exception does not say itself; report.py classifies the rest."""
+    """What the exception does not say itself; report.py classifies the rest. The node's log gets the traceback."""
+    traceback.print_exception(error)
     if isinstance(error, NonFinite):
         report.failure(error, kind="nonfinite", victim=not error.here)
     elif isinstance(error, UsageError):
