@@ -13,16 +13,20 @@ from typing import Protocol, cast
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import Liveness
+from dtrain.cluster.zygote import Zygote
 
 
 class Backend(Protocol):
     def render(self, plan: JobPlan) -> str:
         """The commands that `submit` runs, one a node. Pure: equal plans give equal text."""
 
-    def submit(self, plan: JobPlan) -> None:
+    def preload(self, plan: JobPlan) -> Zygote | None:
+        """A process on this machine from which nodes may be forked, where that saves time; nothing of the job yet."""
+
+    def submit(self, plan: JobPlan, zygote: Zygote | None = None) -> None:
         """Starts the agents, which outlive the caller; returns at once.
 
-        The caller has written config.yaml, job.json and control/<job_id>/token.
+        The caller has written config.yaml, job.json and control/<job_id>/token. `zygote` is what `preload` gave.
         """
 
     def state(self, plan: JobPlan) -> Liveness:

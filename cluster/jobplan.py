@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ class ClusterConfig:
     backend: Literal["local"] = field(default="local", metadata={"doc": "the engine that starts the nodes"})
     nodes: int = field(default=1, metadata={"doc": "nodes of the job; `launch --nodes N` overrides it", "min": 1})
     procs_per_node: int | Literal["auto"] = field(
-        default="auto", metadata={"doc": "worker processes a node; auto: one a GPU, or one where there is none", "min": 1}
+        default="auto",
+        metadata={"doc": "worker processes a node; auto: one a GPU, or one where there is none", "min": 1},
     )
     cpus_per_proc: int | Literal["auto"] = field(
         default="auto",
@@ -57,3 +59,8 @@ class JobPlan:
         """From job.json too, which holds more than the plan: `submitted_at`, `steps`, `git_commit`."""
         known = {name: data[name] for name in JobPlan.__dataclass_fields__ if name in data}
         return JobPlan(**{**known, "argv": tuple(data["argv"]), "sys_path": tuple(data["sys_path"])})
+
+
+def worker_environ(plan: JobPlan, environ: Mapping[str, str]) -> dict[str, str]:
+    """The workers' variables: what the user exported wins over the config, the config over what follows from cores."""
+    return {"OMP_NUM_THREADS": str(plan.threads_per_proc), **plan.env, **environ}

@@ -15,6 +15,10 @@ from pathlib import Path
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import Liveness, ProcessId, start_detached
 from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic
+from dtrain.cluster.zygote import Zygote, ZygoteError
+
+# -P: a folder `dtrain` in the working directory must not shadow the installed package.
+_AGENT = ("-P", "-m", "dtrain.runtime.agent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +35,29 @@ class LocalBackend:
             lines.append(f"setsid {' '.join(words)} </dev/null >>{log} 2>&1 &")
         return "\n".join(lines) + "\n"
 
-    def submit(self, plan: JobPlan) -> None:
+    def preload(self, plan: JobPlan) -> Zygote | None:
+        return Zygote(plan) if plan.workers == "warm" else None
+
+    def submit(self, plan: JobPlan, zygote: Zygote | None = None) -> None:
         for node_rank in range(plan.nodes):
-            self.start_node(plan, node_rank)
+            self._start(plan, node_rank, zygote)
 
     def start_node(self, plan: JobPlan, node_rank: int) -> bool:
+        self._start(plan, node_rank, None)
+        return True
+
+    def _start(self, plan: JobPlan, node_rank: int, zygote: Zygote | None) -> None:
         control = RunDir(plan.run_dir).control(plan.job_id)
         log = _log(plan, node_rank)
         log.parent.mkdir(parents=True, exist_ok=True)
         self._set_aside(control, node_rank)
-        environ = {**os.environ, **_devices(plan, node_rank, os.environ)}
-        process = start_detached(list(self._argv(plan, node_rank)), cwd=plan.cwd, environ=environ, log=log)
+        devices = _devices(plan, node_rank, os.environ)
+        argv = self._argv(plan, node_rank)
+        process = _forked(zygote, argv, devices, log) if zygote else None
+        if process is None:
+            process = start_detached(list(argv), cwd=plan.cwd, environ={**os.environ, **devices}, log=log)
         # The agent writes the same record when it is up; written here too, so that it can be stopped before that.
         write_atomic(control.node(node_rank), json.dumps(process.to_json()), 0o600)
-        return True
 
     def _set_aside(self, control: Control, node_rank: int) -> None:
         """Keeps the record of a process that still lives though it was given up: stopped, or starved."""
@@ -80,15 +93,27 @@ class LocalBackend:
         return "127.0.0.1"
 
     def _argv(self, plan: JobPlan, node_rank: int) -> tuple[str, ...]:
-        # -P: a folder `dtrain` in the working directory must not shadow the installed package.
-        module = ("-P", "-m", "dtrain.runtime.agent")
         where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id, "--node-rank", str(node_rank))
-        return (plan.python, *module, *where, *self.agent_args)
+        return (plan.python, *_AGENT, *where, *self.agent_args)
 
     def _agents(self, plan: JobPlan) -> list[ProcessId]:
         control = RunDir(plan.run_dir).control(plan.job_id)
         records = (read_json(control.node(node_rank)) for node_rank in range(plan.nodes))
         return [ProcessId.from_json(record) for record in records if record is not None]
+
+
+def _forked(zygote: Zygote, argv: tuple[str, ...], devices: dict[str, str], log: Path) -> ProcessId | None:
+    """A node as a fork of the zygote, doing what `argv` says; None where that can't be."""
+    arguments = list(argv[1 + len(_AGENT) :])
+    with open(log, "ab") as output:
+        descriptor = output.fileno()
+        try:
+            pid = zygote.fork(
+                "dtrain.runtime.zygote:node", arguments, stdout=descriptor, stderr=descriptor, environ=devices
+            )
+            return ProcessId.of(pid)
+        except (ZygoteError, ProcessLookupError):
+            return None
 
 
 def _log(plan: JobPlan, node_rank: int) -> Path:

@@ -133,7 +133,7 @@ def unblock_stops() -> None:
 
 
 @contextlib.contextmanager
-def _stops_blocked() -> Iterator[None]:
+def stops_blocked() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
@@ -152,7 +152,7 @@ def start_detached(argv: list[str], *, cwd: str, environ: dict[str, str], log: P
     for earlier in list(_detached):
         if earlier.poll() is not None:
             _detached.remove(earlier)
-    with open(log, "ab") as output, _stops_blocked():
+    with open(log, "ab") as output, stops_blocked():
         process = subprocess.Popen(
             argv,
             cwd=cwd,

@@ -14,6 +14,7 @@ from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir, append_event, write_atomic, write_once
+from dtrain.cluster.zygote import Zygote
 from dtrain.launcher import labels
 from dtrain.launcher.compose import LaunchConfig, diff_identity, dump_resolved
 from dtrain.launcher.console import plural
@@ -132,10 +133,10 @@ def record(config: LaunchConfig, plan: JobPlan) -> Job:
     return Job(run=run, plan=plan, submitted_at=submitted_at, steps=config.run.train.steps)
 
 
-def submit(job: Job) -> None:
+def submit(job: Job, zygote: Zygote | None) -> None:
     """Starts the job. A submission that fails half way leaves nothing running and says so in the run's records."""
     try:
-        job.backend.submit(job.plan)
+        job.backend.submit(job.plan, zygote)
     except BaseException as error:
         job.backend.kill(job.plan)
         end(job, state="failed", exit_code=exits.FAILED, reason=f"could not be submitted: {error}", step=0)

@@ -6,17 +6,21 @@ signatures are looked at; nothing is constructed. Run as a module, this file is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from dtrain.cluster.errors import Problem
+from dtrain.cluster.zygote import Zygote, ZygoteError
 
 if TYPE_CHECKING:
     from dtrain.launcher.compose import LaunchConfig
@@ -38,8 +42,16 @@ class TargetCheck:
     settings: tuple[str, ...] = ()  # of an optimizer's groups
 
 
-def check_targets(config: LaunchConfig, python: str, sys_path: Sequence[str], timeout_s: float = 120) -> list[Problem]:
+def check_targets(
+    config: LaunchConfig,
+    python: str,
+    sys_path: Sequence[str],
+    timeout_s: float = 120,
+    *,
+    zygote: Zygote | None = None,
+) -> list[Problem]:
     """Problems with the file:line of each `_target_`. `sys_path` goes in front of the child's module search path.
+    With `zygote` the child is its fork where possible: the same answers, without another import of torch.
 
     A target that takes its child down costs only itself: the ones after it are asked in another child.
     """
@@ -47,7 +59,7 @@ def check_targets(config: LaunchConfig, python: str, sys_path: Sequence[str], ti
     problems: list[Problem] = []
     pending = target_checks(config)
     while pending:
-        answer = _ask(python, pending, sys_path, environ, timeout_s)
+        answer = _ask(python, pending, sys_path, environ, timeout_s, zygote)
         if not answer.begun:
             return [*problems, Problem(where="", key="", message=_no_child(python, answer))]
         problems += [
@@ -122,11 +134,17 @@ class _Answer:
 
 
 def _ask(
-    python: str, checks: Sequence[TargetCheck], sys_path: Sequence[str], environ: Mapping[str, str], timeout_s: float
+    python: str,
+    checks: Sequence[TargetCheck],
+    sys_path: Sequence[str],
+    environ: Mapping[str, str],
+    timeout_s: float,
+    zygote: Zygote | None,
 ) -> _Answer:
-    request = json.dumps({"sys_path": list(sys_path), "checks": [_as_json(check) for check in checks]})
+    request = {"sys_path": list(sys_path), "checks": [_as_json(check) for check in checks]}
     with tempfile.TemporaryFile() as stderr:
-        output, end, timed_out = _run_child(python, request, environ, stderr, timeout_s)
+        forked = _run_fork(zygote, request, stderr, timeout_s) if zygote else None
+        output, end, timed_out = forked or _run_child(python, json.dumps(request), environ, stderr, timeout_s)
         stderr.seek(0)
         said = stderr.read().decode(errors="replace").splitlines()
     lines = [json.loads(line) for line in output.split(b"\n") if line.startswith(b"{") and line.endswith(b"}")]
@@ -163,6 +181,39 @@ def _run_child(
         _end_session(child)
 
 
+def _run_fork(
+    zygote: Zygote, request: Mapping[str, Any], stderr: IO[bytes], timeout_s: float
+) -> tuple[bytes, str, bool] | None:
+    """As _run_child; None where the zygote can't serve, and the plain way is to be taken."""
+    reading, writing = os.pipe()
+    argument = {"entry": f"{_MODULE}:answer", "request": request}
+    with open(reading, "rb", buffering=0) as answers:
+        try:
+            pid = zygote.fork(
+                "dtrain.runtime.zygote:check", argument, stdout=writing, stderr=stderr.fileno(), environ={}
+            )
+        except ZygoteError:
+            return None
+        finally:
+            os.close(writing)
+        output, timed_out = _read_all(answers, time.monotonic() + timeout_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # it leads a session: what the user's modules have started, too
+        code = zygote.wait(pid, 10.0)
+    return output, f"took longer than {timeout_s:g} s" if timed_out else _ended(code), timed_out
+
+
+def _read_all(stream: IO[bytes], deadline: float) -> tuple[bytes, bool]:
+    """Everything up to the end, or what came until the deadline, and whether it was that."""
+    output = b""
+    while select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        part = stream.read(1 << 16)
+        if not part:
+            return output, False
+        output += part
+    return output, True
+
+
 def _end_session(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
@@ -189,7 +240,11 @@ def _no_child(python: str, answer: _Answer) -> str:
 
 
 def _main() -> None:
-    request = json.loads(sys.stdin.buffer.read())
+    answer(json.loads(sys.stdin.buffer.read()))
+
+
+def answer(request: Mapping[str, Any]) -> NoReturn:
+    """Writes the answers to what standard output is at the call, and ends the process."""
     # What the user's modules print, from C too, must not mix with the answers; and nobody answers their questions.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

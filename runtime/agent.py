@@ -29,14 +29,14 @@ from dtrain.runtime.control import ControlError, find_coordinator, read_token
 from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder, listen
 from dtrain.runtime.options import Options, parse_options
-from dtrain.runtime.warm import StartError
+from dtrain.runtime.warm import StartError, WarmParent
 
 Message = dict[str, Any]
 _POLL_S = 0.05
 
 
 class Agent:
-    def __init__(self, job: Job, options: Options) -> None:
+    def __init__(self, job: Job, options: Options, warm: WarmParent | None = None) -> None:
         self._job = job
         self._options = options
         self._timings = options.timings
@@ -45,7 +45,7 @@ class Agent:
         self._channel: Channel | None = None
         self._coordinator: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._workers = NodeWorkers(job.plan, options, self._tell)
+        self._workers = NodeWorkers(job.plan, options, self._tell, warm)
         self._stacking: set[asyncio.Task[None]] = set()
         self._store: socket.socket | None = None  # for global rank 0
         self._attempt = 0
@@ -259,24 +259,25 @@ class Agent:
         self._tell({"op": "stop_requested", "reason": reason, "count": self._stop_count})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, warm: WarmParent | None = None) -> int:
+    """`warm`: where a parent of the workers is there already; left out: one is started."""
     options = parse_options(argv)
     set_process_name(f"dtrain node {options.node_rank}")
     if os.getsid(0) != os.getpid() and os.getpgrp() != os.getpid():
         os.setsid()  # all that the node runs is one session, which can be cleared
     try:
-        return asyncio.run(_run(_load_job(options), options))
+        return asyncio.run(_run(_load_job(options), options, warm))
     except DtrainError as error:
         _say(str(error))
         return error.exit_code
 
 
-async def _run(job: Job, options: Options) -> int:
+async def _run(job: Job, options: Options, warm: WarmParent | None) -> int:
     plan = job.plan
     device = f"{plan.gpus_per_node} GPUs" if plan.gpus_per_node else "CPU"
     each = f"{plan.procs_per_node} workers x {plan.threads_per_proc} threads on {device}"
     _say(f"node {options.node_rank} of {plan.nodes}: {each}, interface {job.backend.agent_address()}")
-    return await Agent(job, options).run()
+    return await Agent(job, options, warm).run()
 
 
 def _load_job(options: Options) -> Job:

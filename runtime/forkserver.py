@@ -8,7 +8,8 @@ Its agent speaks to it over a SOCK_SEQPACKET socket, one JSON message a packet (
           {"forked": index, "pid": pid} | {"refused": index, "reason": text}
           {"exited": pid, "status": wait status}
 A fork copies only the calling thread, so it refuses to fork while it has more than one. End of file on the socket:
-it kills its workers and ends.
+it kills its workers and ends. On the local back end nodes and their warm parents are themselves forks of one process
+that has done the imports: runtime/zygote.py, which serves in the same way.
 """
 
 from __future__ import annotations
@@ -25,18 +26,27 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from dtrain.cluster.procs import die_with_parent, set_process_name, unblock_stops
+from dtrain.cluster.procs import die_with_parent, set_process_name, stops_blocked, unblock_stops
 from dtrain.runtime.childproc import WorkerFds, WorkerSpec, leave, run_worker
 
 MAX_MESSAGE_BYTES = 1 << 20
 _MAX_FDS = 8
 
 
+Child = Callable[[dict[str, Any], list[int], int], int]  # (message, descriptors, parent's pid) -> exit code
+
+
 class Server:
-    def __init__(self, channel: socket.socket) -> None:
+    """Forks a child a message and tells how each ended. `keep_children`: they outlive it, and begin with SIGTERM and
+    SIGINT blocked, so that one sent before they can handle it waits."""
+
+    def __init__(self, channel: socket.socket, child: Child, *, keep_children: bool = False) -> None:
         self._channel = channel
+        self._child = child
+        self._keep_children = keep_children
         self._poll = select.poll()
         self._poll.register(channel, select.POLLIN)
         self._children: dict[int, int] = {}  # pidfd -> pid
@@ -48,7 +58,8 @@ class Server:
                 if descriptor in self._children:
                     self._reap(descriptor)
                 elif not self._answer():
-                    self._end_children()
+                    if not self._keep_children:
+                        self._end_children()
                     return
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -70,29 +81,30 @@ class Server:
             reason = f"the warm parent has {len(threads)} threads ({names}); a fork copies only one"
             self._send({"refused": index, "reason": reason})
         else:
-            pid = self._fork(WorkerSpec.from_json(message["spec"]), WorkerFds.from_list(fds))
+            pid = self._fork(message, fds)
             self._send({"forked": index, "pid": pid})
         for descriptor in fds:
             os.close(descriptor)
         return True
 
-    def _fork(self, spec: WorkerSpec, fds: WorkerFds) -> int:
+    def _fork(self, message: dict[str, Any], fds: list[int]) -> int:
         parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become(spec, fds, parent)
+        with stops_blocked() if self._keep_children else contextlib.nullcontext():
+            pid = os.fork()
+            if pid == 0:
+                self._become(message, fds, parent)
         descriptor = os.pidfd_open(pid)
         self._children[descriptor] = pid
         self._poll.register(descriptor, select.POLLIN)
         return pid
 
-    def _become(self, spec: WorkerSpec, fds: WorkerFds, parent: int) -> NoReturn:
+    def _become(self, message: dict[str, Any], fds: list[int], parent: int) -> NoReturn:
         code = 1
         try:
             self._channel.close()
             for descriptor in self._children:
                 os.close(descriptor)
-            code = run_worker(spec, fds, parent)
+            code = self._child(message, fds, parent)
         except BaseException:  # nothing may climb back into the server's loop
             traceback.print_exc()
         finally:
@@ -117,39 +129,48 @@ def _thread_name(thread: str) -> str:
         return file.read().strip()
 
 
-def _preload(modules: list[str]) -> None:
-    for module in modules:
+def become_worker(message: dict[str, Any], fds: list[int], parent: int) -> int:
+    return run_worker(WorkerSpec.from_json(message["spec"]), WorkerFds.from_list(fds), parent)
+
+
+def preload(modules: str) -> None:
+    """Imports them, comma-separated."""
+    for module in filter(None, modules.split(",")):
         importlib.import_module(module)
     # What is imported now is shared with every worker: keep the collector from writing into those pages.
     gc.collect()
     gc.freeze()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="the warm parent of a node's workers; agents start it")
-    parser.add_argument("--fd", required=True, type=int)
-    parser.add_argument("--parent", required=True, type=int)
-    parser.add_argument("--preload", default="")
-    options = parser.parse_args()
-    die_with_parent(options.parent)
-    set_process_name("dtrain warm")
+def become_warm_parent(parent: int, name: str) -> None:
+    die_with_parent(parent)
+    set_process_name(name)
     # A scheduler may signal every process of a job; to stop is the agent's decision.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     unblock_stops()  # what is blocked here would be blocked in every worker
+
+
+def serve_from_command_line(name: str, child: Child, *, keep_children: bool = False) -> int:
+    """The main function of a warm parent that was started by exec."""
+    parser = argparse.ArgumentParser(description="a warm parent; dtrain starts it")
+    parser.add_argument("--fd", required=True, type=int)
+    parser.add_argument("--parent", required=True, type=int)
+    parser.add_argument("--preload", default="")
+    options = parser.parse_args()
+    become_warm_parent(options.parent, name)
     channel = socket.socket(fileno=options.fd)
     os.set_inheritable(options.fd, False)
-    server = Server(channel)
     started = time.monotonic()
     try:
-        _preload([name for name in options.preload.split(",") if name])
+        preload(options.preload)
     except Exception:
         channel.send(json.dumps({"broken": traceback.format_exc()[-4000:]}).encode())
         return 1
     channel.send(json.dumps({"ready": round(time.monotonic() - started, 3)}).encode())
-    server.serve()
+    Server(channel, child, keep_children=keep_children).serve()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve_from_command_line("dtrain warm", become_worker))

@@ -12,14 +12,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.jobplan import JobPlan, worker_environ
 from dtrain.cluster.procs import clear_session
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.childproc import WorkerSpec
 from dtrain.runtime.nodelog import NodeLog
 from dtrain.runtime.options import Options
-from dtrain.runtime.warm import ExecStarter, Starter, StartError, WarmStarter
+from dtrain.runtime.warm import ExecStarter, Starter, StartError, WarmParent, WarmStarter, exec_warm_parent
 from dtrain.runtime.workerproc import Notify, WorkerProcess
 
 _STACK_TIMEOUT_S = 2.0
@@ -39,14 +39,16 @@ class StartOrder:
 class NodeWorkers:
     """`notify` gets what workers tell and how they end, as messages for the coordinator without their attempt."""
 
-    def __init__(self, plan: JobPlan, options: Options, notify: Notify) -> None:
+    def __init__(self, plan: JobPlan, options: Options, notify: Notify, warm: WarmParent | None = None) -> None:
         self._plan = plan
         self._options = options
         self._notify = notify
         self._environ = worker_environ(plan, dict(os.environ))
         self._workers: list[WorkerProcess] = []
         self._log: NodeLog | None = None
-        self._warm: WarmStarter | None = self._start_warm() if plan.workers == "warm" else None
+        self._warm: WarmStarter | None = None
+        if plan.workers == "warm":
+            self._warm = WarmStarter(warm) if warm else self._start_warm()
         self._cold = ExecStarter(plan.python, self._environ)
         self._note = ""  # why the workers were not started warm
         self._changing = asyncio.Lock()  # held while workers are started or ended
@@ -55,7 +57,7 @@ class NodeWorkers:
         self.done = 0  # the furthest step that one has finished
 
     def _start_warm(self) -> WarmStarter:
-        return WarmStarter(self._plan.python, self._environ, self._options.preload)
+        return WarmStarter(exec_warm_parent(self._plan.python, self._environ, self._options.preload))
 
     async def start(self, order: StartOrder, store: socket.socket | None) -> dict[str, Any]:
         """Starts all workers; what to tell the coordinator of it. Raises StartError, also when `kill` came between."""
@@ -172,11 +174,6 @@ class NodeWorkers:
         if self._warm is not None:
             self._warm.close()
             self._warm = None
-
-
-def worker_environ(plan: JobPlan, environ: dict[str, str]) -> dict[str, str]:
-    """The workers' variables: what the user exported wins over the config, the config over what follows from cores."""
-    return {"OMP_NUM_THREADS": str(plan.threads_per_proc), **plan.env, **environ}
 
 
 def listen(address: str) -> socket.socket:

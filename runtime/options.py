@@ -7,11 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dtrain.cluster.zygote import PRELOAD
 from dtrain.runtime.childproc import DEFAULT_ENTRY
-
-# What every worker needs, and nothing that starts a thread (torch._inductor and torch.fx.experimental do, torch 2.13)
-# or touches a device. Our own worker is the last fifth of a second.
-PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "dtrain.runtime.worker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,11 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dtrain.cluster.errors import DtrainError
@@ -70,27 +71,52 @@ class ExecStarter:
         pass
 
 
-class WarmStarter:
-    """The agent's end of runtime/forkserver.py. The workers are forked from a process that has imported `preload`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmParent:
+    """A child process that serves as runtime/forkserver.py does, and our end of its socket."""
 
-    def __init__(self, python: str, environ: dict[str, str], preload: tuple[str, ...]) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        argv = [python, "-P", "-m", "dtrain.runtime.forkserver", "--fd", str(theirs.fileno())]
-        argv += ["--parent", str(os.getpid()), "--preload", ",".join(preload)]
-        with theirs:
-            self._process = subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-        ours.setblocking(False)
-        self._channel = ours
+    pid: int
+    channel: socket.socket
+
+    def end(self) -> None:
+        """Kills it, if it has not ended, and its zombie is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+
+
+def exec_warm_parent(python: str, environ: dict[str, str], preload: tuple[str, ...]) -> WarmParent:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    argv = [python, "-P", "-m", "dtrain.runtime.forkserver", "--fd", str(theirs.fileno())]
+    argv += ["--parent", str(os.getpid()), "--preload", ",".join(preload)]
+    with theirs:
+        process = subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+    process.returncode = 0  # reaped by WarmParent; keeps Popen from doing it
+    return WarmParent(pid=process.pid, channel=ours)
+
+
+class WarmStarter:
+    """The agent's end of runtime/forkserver.py. The workers are forked from a process that has imported torch."""
+
+    def __init__(self, parent: WarmParent) -> None:
+        self._parent = parent
+        self._channel = parent.channel
+        self._channel.setblocking(False)
         # Seconds that the imports took, or StartError; never cancelled.
         self.ready: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._forks: dict[int, tuple[asyncio.Future[int], OnExit]] = {}
         self._callbacks: dict[int, OnExit] = {}
         self._index = 0
-        asyncio.get_running_loop().add_reader(ours, self._receive)
+        asyncio.get_running_loop().add_reader(self._channel, self._receive)
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._parent.pid
 
     @property
     def dead(self) -> bool:
@@ -114,8 +140,7 @@ class WarmStarter:
     def close(self) -> None:
         """End of file makes the parent kill its workers and end; it is given no time to refuse."""
         self._lost("closed")
-        self._process.kill()
-        self._process.wait()
+        self._parent.end()
 
     def _receive(self) -> None:
         while not self.dead:
@@ -162,5 +187,4 @@ class WarmStarter:
         callbacks, self._callbacks = self._callbacks, {}
         for callback in callbacks.values():
             callback(9)  # they died with it, by SIGKILL
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=0)
+        self._parent.reap()

@@ -13,11 +13,10 @@ import pytest
 
 from dtrain.cluster.backends import get_backend
 from dtrain.cluster.errors import UsageError
-from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.jobplan import JobPlan, worker_environ
 from dtrain.cluster.local import LocalBackend
 from dtrain.cluster.procs import ProcessId, clear_session, session_members, start_time
 from dtrain.cluster.rundir import RunDir
-from dtrain.runtime.nodeworkers import worker_environ
 
 PLAN = JobPlan(
     name="x; rm -rf ~",

@@ -44,7 +44,7 @@ class Job:
     options: tuple[str, ...]
 
     def launch(self, *more: str) -> subprocess.Popen[str]:
-        command = [DTRAIN, "launch", "--run-dir", self.run.path, *self.options, self.config, *more]
+        command: list[str | Path] = [DTRAIN, "launch", "--run-dir", self.run.path, *self.options, self.config, *more]
         output = open(self.run.path.with_suffix(".out"), "a")  # noqa: SIM115  the process keeps it
         environment = {**os.environ, "PYTHONPATH": str(ASSETS)}
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -84,7 +84,7 @@ class Job:
         self.until(lambda: len(self.records()) >= step, f"step {step}")
 
     def attempt(self) -> int:
-        return max(event["attempt"] for event in self.events("attempt_started"))
+        return max(int(event["attempt"]) for event in self.events("attempt_started"))
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(subprocess.check_output([DTRAIN, "status", "--json", self.run.path]))

@@ -15,10 +15,11 @@ from dtrain.cluster.backends import get_backend
 from dtrain.cluster.errors import ConfigError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.zygote import Zygote
 from dtrain.launcher.commands.status import view
 from dtrain.launcher.compose import LaunchConfig, load_config
 from dtrain.launcher.console import plural
-from dtrain.launcher.follow import bookmark, follow
+from dtrain.launcher.follow import Bookmark, bookmark, follow
 from dtrain.launcher.lease import Busy, launching
 from dtrain.launcher.plan import make_plan
 from dtrain.launcher.runs import Job, read_job
@@ -51,7 +52,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     first = _load(args, name=args.name, run_dir=args.run_dir)
     plan = _plan(args, first)
-    problems = check_targets(first, plan.python, plan.sys_path)
+    with ExitStack() as preloaded:
+        # It imports torch while everything is being checked; should nothing come of it, it goes without a trace.
+        zygote = None if args.here or args.dry_run else get_backend(plan.backend).preload(plan)
+        if zygote is not None:
+            preloaded.enter_context(zygote)
+        outcome = _submit(args, first, zygote)
+    if isinstance(outcome, int):
+        return outcome
+    job, since = outcome
+    if args.here:
+        from dtrain.launcher.here import train_here
+
+        return train_here(job, since)
+    return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
+
+
+def _submit(args: argparse.Namespace, first: LaunchConfig, zygote: Zygote | None) -> int | tuple[Job, Bookmark]:
+    """An exit code where nothing is to be followed, else the job, and from where on its files tell of it."""
+    plan = _plan(args, first)
+    problems = check_targets(first, plan.python, plan.sys_path, zygote=zygote)
     if problems:
         raise ConfigError(problems)
     with ExitStack() as lease:
@@ -67,12 +87,8 @@ def run(args: argparse.Namespace) -> int:
         job = record(config, plan)
         print("\n".join(header(plan, settled)), flush=True)
         if not args.here:
-            submit(job)
-    if args.here:
-        from dtrain.launcher.here import train_here
-
-        return train_here(job, since)
-    return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
+            submit(job, zygote)
+    return job, since
 
 
 def _refuse(plan: JobPlan, settled: Settled) -> NoReturn:
