@@ -20,9 +20,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from dtrain.cluster.procs import die_with_parent, set_process_name
+from dtrain.cluster.procs import die_with_parent, set_process_name, unblock_stops
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.report import Reporter
+from dtrain.runtime.stopflag import stop_flag
 
 Entry = Callable[[WorkerEnv], int]
 DEFAULT_ENTRY = "dtrain.runtime.worker:main"
@@ -76,17 +77,19 @@ class WorkerFds:
 def run_worker(spec: WorkerSpec, fds: WorkerFds, parent: int) -> int:
     """Becomes the worker; the exit code. The caller ends the process with `leave`."""
     die_with_parent(parent)
+    stop_flag()
+    unblock_stops()
     _take_streams(fds)
     env = replace(
         WorkerEnv.from_environ(spec.worker), store_fd=fds.store, progress_fd=fds.progress, report_fd=fds.report
     )
     set_process_name(f"dtrain {env.global_rank}/{env.world_size}")
     os.environ.update(env.to_environ())
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=fds.stack, all_threads=True)
     _tie_children()
+    Reporter(fds.report).ready()
     try:
         os.chdir(spec.cwd)
         sys.path[:0] = spec.sys_path

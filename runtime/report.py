@@ -38,6 +38,10 @@ class Reporter:
         self._fd = fd
         self._lock = threading.Lock()
 
+    def ready(self) -> None:
+        """From here on a SIGTERM is kept: the agent sends none before."""
+        self._send({"type": "ready"})
+
     def event(self, kind: str, **fields: Any) -> None:
         """One record for events.jsonl, like `event("checkpoint_committed", step=100, bytes=..., seconds=...)`."""
         self._send({"type": "event", "event": {"type": kind, **fields}})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import Reporter
 from dtrain.runtime.saving import CheckpointSaves, Restored, restore
 from dtrain.runtime.schedules import make_schedule
+from dtrain.runtime.stopflag import stop_flag
 from dtrain.runtime.task import autocast, make_loss
 from dtrain.runtime.trainer import Outcome, Training, train
 from dtrain.strategies.protocol import Wrapped
@@ -64,8 +64,7 @@ def main(env: WorkerEnv) -> int:
 def _stop_flag() -> Callable[[], bool]:
     """SIGTERM sets a flag, nothing more. SIGINT belongs to the launching process; where this is the launching process
     (`launch --here`) it has set a handler of its own, which stays."""
-    flag = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: flag.set())
+    flag = stop_flag()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return flag.is_set

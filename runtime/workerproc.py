@@ -34,6 +34,8 @@ class WorkerProcess:
         self._notify = notify
         self._pidfd = -1
         self._killed = False
+        self._ready = False  # whether it has said that it keeps a SIGTERM in mind
+        self._stop_waits = False
         self._failure_reported = False
         self._partial = b""
         self._progress_fd = create_record(f"dtrain progress {env.global_rank}")
@@ -76,7 +78,11 @@ class WorkerProcess:
             asyncio.get_running_loop().add_reader(reading, self._read, reading)
 
     def signal(self, number: signal.Signals) -> None:
-        """To this very process; nothing happens when it has ended."""
+        """To this very process; nothing happens when it has ended. A SIGTERM waits until it would be neither lost nor
+        fatal."""
+        if number == signal.SIGTERM and not self._ready:
+            self._stop_waits = True
+            return
         self._killed = self._killed or (number == signal.SIGKILL and not self.ended.done())
         if self._pidfd >= 0 and not self.ended.done():
             with contextlib.suppress(ProcessLookupError):
@@ -148,7 +154,11 @@ class WorkerProcess:
                 self._relay(json.loads(line))
 
     def _relay(self, report: dict[str, Any]) -> None:
-        if report["type"] == "event":
+        if report["type"] == "ready":
+            self._ready = True
+            if self._stop_waits:
+                self.signal(signal.SIGTERM)
+        elif report["type"] == "event":
             event = dict(report["event"])
             self._notify({"op": "event", "global_rank": self.env.global_rank, "event": event})
         elif report["type"] == "failure" and not self._failure_reported:

@@ -90,7 +90,7 @@ def test_a_worker_finds_its_world(tmp_path: Path, workers: str) -> None:
     body = """\
         record = {"rank": env.global_rank, "from": [env.resume_step, env.resume_attempt], "toy": os.environ["TOY"],
                   "omp": os.environ["OMP_NUM_THREADS"], "cwd": os.getcwd(), "comm": open("/proc/self/comm").read(),
-                  "term": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "same": os.environ["RANK"],
+                  "term": type(signal.getsignal(signal.SIGTERM)).__name__, "same": os.environ["RANK"],
                   "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, ()))}
         print(json.dumps(record))
         return 85 if env.global_rank else 0
@@ -114,10 +114,30 @@ def test_a_worker_finds_its_world(tmp_path: Path, workers: str) -> None:
         "omp": os.environ.get("OMP_NUM_THREADS", "1"),
         "cwd": str(tmp_path),
         "comm": "dtrain 1/2\n",
-        "term": True,
+        "term": "StopFlag",
         "same": "1",
         "blocked": [],
     }
+
+
+@pytest.mark.parametrize("workers", ["warm", "exec"])
+def test_a_stop_during_the_start_is_neither_lost_nor_fatal(tmp_path: Path, workers: str) -> None:
+    body = """\
+        from dtrain.runtime.stopflag import stop_flag
+        while not stop_flag().is_set():
+            time.sleep(0.01)
+        return 85
+    """
+
+    async def scene(node: Node) -> None:
+        starting = asyncio.ensure_future(node.workers.start(ORDER, None))
+        while not starting.done():
+            await asyncio.sleep(0)
+        node.workers.terminate()  # they have run for no time at all
+        ended = await asyncio.wait_for(node.all_ended(), 10)
+        assert [(message["code"], message["signal"]) for message in ended] == [(85, 0), (85, 0)]
+
+    play(tmp_path, textwrap.dedent(body), scene, workers=workers)
 
 
 @pytest.mark.parametrize("workers", ["warm", "exec"])

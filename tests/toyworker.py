@@ -20,14 +20,14 @@ from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.progress import Phase, ProgressWriter
 from dtrain.runtime.report import Reporter
-
-_stop = False
+from dtrain.runtime.stopflag import stop_flag
 
 
 def main(env: WorkerEnv) -> int:
     run_dir = Path(env.run_dir)
     script = json.loads((run_dir / "toy.json").read_text())
-    signal.signal(signal.SIGTERM, _on_term)
+    stop_requested = stop_flag().is_set
+    time.sleep(script.get("start_s", 0))
     progress = ProgressWriter(env.progress_fd, attempt=env.attempt, global_rank=env.global_rank)
     report = Reporter(env.report_fd)
     print(f"rank {env.global_rank} of {env.world_size} goes on from step {env.resume_step}")
@@ -38,18 +38,13 @@ def main(env: WorkerEnv) -> int:
         for fault in script.get("faults", ()):
             if _matches(fault, env, step):
                 _fail(fault["do"], env, step)
-        stop = _meet(run_dir, env, step)
+        stop = _meet(run_dir, env, step, stop_requested())
         progress.done(step)
         if env.global_rank == 0 and (stop or step % script["commit_every"] == 0 or step == script["steps"]):
             _commit(run_dir, env, step, report)
         if stop:
             return 85
     return 0
-
-
-def _on_term(number: int, frame: Any) -> None:
-    global _stop
-    _stop = True
 
 
 def _matches(fault: dict[str, Any], env: WorkerEnv, step: int) -> bool:
@@ -85,12 +80,12 @@ def _fail(do: str, env: WorkerEnv, step: int) -> None:
             os.kill(os.getpid(), signal.Signals[name])
 
 
-def _meet(run_dir: Path, env: WorkerEnv, step: int) -> bool:
+def _meet(run_dir: Path, env: WorkerEnv, step: int, stops: bool) -> bool:
     """Waits, for ever if need be, until all ranks have finished the step; whether any of them was told to stop."""
     place = run_dir / "meet" / f"a{env.attempt}-s{step}"
     place.mkdir(parents=True, exist_ok=True)
     mine = place / f".{env.global_rank}"
-    mine.write_text("1" if _stop else "0")
+    mine.write_text("1" if stops else "0")
     mine.rename(place / str(env.global_rank))
     others = [place / str(rank) for rank in range(env.world_size)]
     while not all(other.exists() for other in others):
