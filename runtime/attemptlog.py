@@ -16,6 +16,7 @@ class AttemptLog:
     number: int
     num_nodes: int
     world_size: int
+    from_step: int = 0  # the step of the checkpoint that the attempt began with
     facts: list[Fact] = field(default_factory=list)
     codes: dict[int, int] = field(default_factory=dict)  # of workers that ended by themselves
     started: dict[int, dict[str, Any]] = field(default_factory=dict)  # node -> how its workers were started
@@ -59,11 +60,17 @@ class AttemptLog:
 
     def outcome(self, culprit: Fact | None) -> Outcome:
         return Outcome(
-            reached=self.reached, committed=self.committed, codes=frozenset(self.codes.values()), culprit=culprit
+            reached=self.reached,
+            done=self.done,
+            from_step=self.from_step,
+            committed=self.committed,
+            codes=frozenset(self.codes.values()),
+            culprit=culprit,
         )
 
     def _lost(self, node: int, message: dict[str, Any]) -> None:
         self.reached = max(self.reached, int(message.get("reached", 0)))
+        self.done = max(self.done, self.reached - 1)  # at least; what it finished last nobody can say
         if node not in self.gone:
             text = f"node {node} was lost: {message['reason']}"
             self.facts.append(Fact(kind="node_lost", node=node, time=time.time(), message=text, step=self.reached))

@@ -121,6 +121,7 @@ class Coordinator:
         while (left := deadline - time.monotonic()) > 0:
             await self._next(left)
         log.reached = max((member.reached for member in self._roster.members.values()), default=0)
+        log.done = log.reached - 1
         node = int(previous.get("node_rank", 0))
         text = f"node {node}, which coordinated the job, was lost"
         log.facts.append(Fact(kind="node_lost", node=node, time=time.time(), message=text, step=log.reached))
@@ -174,7 +175,7 @@ class Coordinator:
 
     async def _watch(self, attempt: Attempt) -> AttemptLog:
         """From the open store to the end of all workers, by themselves or by our hand."""
-        log = self._new_log(attempt.number)
+        log = self._new_log(attempt.number, attempt.from_step)
         for node in set(range(self._plan.nodes)) - self._roster.members.keys():
             log.apply(node, {"op": "lost", "reason": "it left while the attempt was being prepared"})
         begun, decide_at, stop_at = False, float("inf"), float("inf")
@@ -354,8 +355,9 @@ class Coordinator:
                 self._roster.inbox.put_nowait((NOBODY, {"op": "deposed"}))
             await asyncio.sleep(self._job.timings.heartbeat_s)
 
-    def _new_log(self, number: int) -> AttemptLog:
-        return AttemptLog(number=number, num_nodes=self._plan.nodes, world_size=self._plan.world_size)
+    def _new_log(self, number: int, from_step: int = 0) -> AttemptLog:
+        plan = self._plan
+        return AttemptLog(number=number, num_nodes=plan.nodes, world_size=plan.world_size, from_step=from_step)
 
     def _is_deposed(self) -> bool:
         newest = find_coordinator(self._control)

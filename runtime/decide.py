@@ -42,6 +42,8 @@ class Outcome:
     """How an attempt ended. `culprit` None: every worker ended with 0 or 85, or was told to."""
 
     reached: int
+    done: int = 0  # the furthest step that was finished
+    from_step: int = 0  # the step of the checkpoint that the attempt began with
     committed: int = 0
     codes: frozenset[int] = frozenset()
     culprit: Fact | None = None
@@ -69,8 +71,7 @@ def decide(memory: Memory, outcome: Outcome, max_stuck: int) -> Decision:
     if culprit is None and outcome.codes == {exits.DONE}:
         return Decision(memory=known, state="done", exit_code=exits.DONE, reason="all steps are done")
     if memory.stop is not None:
-        note = "" if culprit is None else f"; its last steps were not saved: {_summary(culprit)}"
-        return stopped(known, note)
+        return stopped(known, "" if culprit is None else _unsaved(outcome, culprit))
     if culprit is None:
         return Decision(memory=known, state="stopped", exit_code=exits.STOPPED, reason="the workers were told to stop")
     return _after_failure(memory, known, culprit, max_stuck)
@@ -81,6 +82,12 @@ def stopped(memory: Memory, note: str = "") -> Decision:
     if memory.stop == "cancel":
         return Decision(memory=memory, state="cancelled", exit_code=exits.CANCELLED, reason=f"cancelled{note}")
     return Decision(memory=memory, state="stopped", exit_code=exits.STOPPED, reason=f"stopped on request{note}")
+
+
+def _unsaved(outcome: Outcome, culprit: Fact) -> str:
+    """What a stop that went wrong has cost; nothing where no step was finished since the newest checkpoint."""
+    lost = outcome.done > max(outcome.from_step, outcome.committed)
+    return f"; its last steps were not saved: {_summary(culprit)}" if lost else ""
 
 
 def _after_failure(memory: Memory, known: Memory, culprit: Fact, max_stuck: int) -> Decision:

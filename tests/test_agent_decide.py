@@ -67,6 +67,17 @@ def test_decision(memory: Memory, outcome: Outcome, state: str | None, code: int
     assert not decision.memory.running
 
 
+@pytest.mark.parametrize(
+    ("done", "from_step", "committed", "lost"),
+    [(0, 0, 0, False), (1, 0, 0, True), (40, 40, 0, False), (41, 40, 0, True), (45, 40, 45, False), (46, 40, 45, True)],
+)
+def test_a_stop_that_went_wrong_speaks_of_lost_steps_only_where_some_are(
+    done: int, from_step: int, committed: int, lost: bool
+) -> None:
+    outcome = Outcome(reached=done, done=done, from_step=from_step, committed=committed, culprit=KILLED)
+    assert ("not saved" in decide(Memory(stop="stop"), outcome, max_stuck=3).reason) is lost
+
+
 def test_addresses_in_a_message_do_not_make_it_another_exception() -> None:
     first = decide(Memory(), Outcome(reached=5, culprit=error(message="bad <A at 0x7f01>")), max_stuck=3)
     second = decide(first.memory, Outcome(reached=5, culprit=error(message="bad <A at 0x7f99>")), max_stuck=3)

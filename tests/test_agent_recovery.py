@@ -253,6 +253,15 @@ def test_stop_before_any_worker_runs(launch: Make, when: str) -> None:
     assert job.until_ended()["exit_code"] == 85
 
 
+@pytest.mark.parametrize("workers", ["warm", "exec"])
+def test_stop_while_the_workers_start(launch: Make, workers: str) -> None:
+    job = launch({**FOREVER, "start_s": 0.3}, workers=workers)
+    job.until(lambda: list(job.run.path.glob("logs/a0001/*")), "the first worker")
+    job.backend.stop(job.plan)
+    ended = job.until_ended()
+    assert (ended["exit_code"], ended["reason"]) == (85, "stopped on request")
+
+
 def test_the_killed_launching_process_is_not_missed(launch: Make, tmp_path: Path) -> None:
     job = launch(script(), submit=False)
     text = "import sys, time; from pathlib import Path; from dtrain.cluster.jobplan import JobPlan; import json\n"
