@@ -95,9 +95,9 @@ class BucketedAllReduce:
         return hook
 
     def _reduce(self, bucket: _Bucket) -> None:
-        for index in range(len(bucket.parameters)):
-            if index not in bucket.missing:
-                bucket.produced[index] = 1.0
+        bucket.produced.fill_(1.0)
+        for index in bucket.missing:
+            bucket.produced[index] = 0.0
         bucket.work = dist.all_reduce(bucket.buffer, group=self._group, async_op=True)
         self._next += 1
 
