@@ -44,7 +44,7 @@ class Job:
     options: tuple[str, ...]
 
     def launch(self, *more: str) -> subprocess.Popen[str]:
-        command: list[str | Path] = [DTRAIN, "launch", "--run-dir", self.run.path, *self.options, self.config, *more]
+        command: list[str | Path] = [DTRAIN, "launch", "--run-dir", self.run.path, self.config, *self.options, *more]
         output = open(self.run.path.with_suffix(".out"), "a")  # noqa: SIM115  the process keeps it
         environment = {**os.environ, "PYTHONPATH": str(ASSETS)}
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -193,6 +193,21 @@ def test_whatever_dies_the_curve_is_that_of_an_uninterrupted_run(
     assert hurt.finish(hurt.launch(*more)) == 0  # it is done: says so, starts nothing
     assert hurt.attempt() == 5
     assert "done" in hurt.output.splitlines()[-1] or "done" in hurt.output[-600:]
+
+
+def test_any_number_of_nodes_gives_the_losses_of_one_process(start: Callable[..., Job]) -> None:
+    """The augmentation draws random numbers, but by sample and not by rank; a batch of 13 divides by none of them."""
+    plain = ("train.steps=50", "model.dropout=0", "data.train.delay_s=0")
+    one = start("one", *plain)
+    assert one.finish(one.launch("strategy=single")) == 0
+    wanted = [loss for loss, _ in one.curve()]
+    for nodes in (1, 2, 3, 4):
+        for strategy in ("ddp", "fsdp"):
+            job = start(f"{strategy}-{nodes}", *plain)
+            assert job.finish(job.launch("--nodes", str(nodes), f"strategy={strategy}")) == 0
+            found = [loss for loss, _ in job.curve()]
+            assert found == pytest.approx(wanted, rel=1e-6, abs=0), f"{strategy} on {nodes} nodes"
+            assert job.events("attempt_started")[-1]["nodes"] == nodes
 
 
 def test_ctrl_c_saves_and_the_relaunch_goes_on(start: Callable[..., Job]) -> None:
