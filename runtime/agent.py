@@ -7,6 +7,7 @@ them along when it dies. Decides nothing but who coordinates.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
 from dtrain.cluster.storage import open_storage
 from dtrain.runtime.channel import Channel, connect
 from dtrain.runtime.checkpoint.attempts import Attempt, claim_attempt
-from dtrain.runtime.control import ControlError, find_coordinator, read_token
+from dtrain.runtime.control import ControlError, find_coordinator, is_there, read_token
 from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder, listen
 from dtrain.runtime.options import Options, parse_options
@@ -33,6 +34,7 @@ from dtrain.runtime.warm import StartError, WarmParent
 
 Message = dict[str, Any]
 _POLL_S = 0.05
+_GONE_LOOKS = 3  # a file system may miss a file once
 
 
 class Agent:
@@ -59,28 +61,47 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop_signal, number)
         unblock_stops()
+        watch = asyncio.create_task(self._watch_control())
         try:
-            await self._register()
-            while self._is_mine():
-                ended = read_json(self._control.ended)
-                if ended is not None:
-                    return int(ended["exit_code"])
-                channel = await self._join()
-                if channel is None:
-                    continue
-                code = await self._serve(channel)
-                await self._workers.kill()
-                if code is not None:
-                    return code
-            _say(self._superseded)
+            return await self._take_part()
+        except FileNotFoundError:
+            if is_there(self._control):
+                raise
+            _say(self._gone)
             return exits.FAILED
         finally:
+            watch.cancel()
             await self._workers.close()
             if self._channel is not None:
                 await self._channel.drain(1.0)
                 self._channel.close()
             if self._coordinator is not None:
                 await self._coordinator
+
+    async def _take_part(self) -> int:
+        await self._register()
+        while self._is_mine():
+            ended = read_json(self._control.ended)
+            if ended is not None:
+                return int(ended["exit_code"])
+            channel = await self._join()
+            if channel is None:
+                continue
+            code = await self._serve(channel)
+            await self._workers.kill()
+            if code is not None:
+                return code
+        _say(self._superseded if is_there(self._control) else self._gone)
+        return exits.FAILED
+
+    async def _watch_control(self) -> None:
+        """Hangs up when the run directory is removed under the job: nobody could find its processes any more."""
+        missing = 0
+        while missing < _GONE_LOOKS:
+            await asyncio.sleep(self._timings.heartbeat_s)
+            missing = 0 if is_there(self._control) else missing + 1
+        if self._channel is not None:
+            self._channel.abort()
 
     async def _register(self) -> None:
         """Puts this process down as the node's, unless another living process stays put down.
@@ -105,6 +126,10 @@ class Agent:
     @property
     def _superseded(self) -> str:
         return f"another process serves node {self._options.node_rank} now; this one ends"
+
+    @property
+    def _gone(self) -> str:
+        return f"{self._control.path} is gone; node {self._options.node_rank} ends, and its workers with it"
 
     async def _join(self) -> Channel | None:
         """A connection to the newest term's coordinator, which may be our own; None when there is nothing to join."""
@@ -161,19 +186,33 @@ class Agent:
         self._heard_at = time.monotonic()
         if self._stop_count:
             self._tell_stop()
+        orders: asyncio.Queue[Message] = asyncio.Queue()
         heartbeat = asyncio.create_task(self._keep_in_touch(channel))
+        obeying = asyncio.create_task(self._obey_all(orders, channel))
         try:
             while (message := await channel.receive()) is not None:
                 self._heard_at = time.monotonic()
                 if message["op"] == "end":
                     return int(message["exit_code"])
-                await self._obey(message)
+                orders.put_nowait(message)
         except ControlError as error:
             _say(f"the coordinator does not keep to the protocol: {error}")
             channel.abort()
         finally:
             heartbeat.cancel()
+            obeying.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await obeying
         return None
+
+    async def _obey_all(self, orders: asyncio.Queue[Message], channel: Channel) -> None:
+        """In order, beside the reading: to end workers may take longer than the coordinator may be silent."""
+        try:
+            while True:
+                await self._obey(await orders.get())
+        except Exception:
+            channel.abort()  # a node that listens and does nothing would be worse than none
+            raise
 
     async def _obey(self, message: Message) -> None:
         match message["op"]:
@@ -189,7 +228,7 @@ class Agent:
             case "kill":
                 await self._workers.kill()
                 if self._starting is not None:
-                    await self._starting
+                    await asyncio.wait({self._starting})
                 self._tell({"op": "killed", "reached": self._workers.reached, "done": self._workers.done})
                 self._ping()
             case "stack":
@@ -283,7 +322,10 @@ async def _run(job: Job, options: Options, warm: WarmParent | None) -> int:
 def _load_job(options: Options) -> Job:
     """Raises DtrainError where the run directory holds another job by now."""
     run = RunDir(options.run_dir)
-    plan = JobPlan.from_json(read_json(run.job) or {})
+    record = read_json(run.job)
+    if record is None:
+        raise DtrainError(f"{run.job}: no such file. Was the run directory removed?")
+    plan = JobPlan.from_json(record)
     if plan.job_id != options.job_id:
         raise DtrainError(f"{run.job} describes job {plan.job_id}; this node was started for {options.job_id}")
     backend = get_backend(plan.backend, options.agent_args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import secrets
 import socket
 from dataclasses import asdict, dataclass
@@ -49,6 +50,17 @@ def find_coordinator(control: Control) -> CoordinatorAddress | None:
     names = sorted(control.path.glob("coordinator-[0-9]*.json"), key=lambda path: (len(path.name), path.name))
     record = read_json(names[-1]) if names else None
     return None if record is None else CoordinatorAddress(**record)
+
+
+def is_there(control: Control) -> bool:
+    """False when the run directory was removed, or moved: nothing else takes the token away."""
+    try:
+        os.stat(control.token)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass  # a file system that fails is no answer
+    return True
 
 
 def read_token(control: Control) -> bytes:

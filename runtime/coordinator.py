@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -25,22 +24,25 @@ from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import RunDir, append_event, read_json, write_atomic, write_once
 from dtrain.runtime.attemptlog import AttemptLog
+from dtrain.runtime.background import in_background
 from dtrain.runtime.checkpoint.attempts import Attempt
-from dtrain.runtime.control import CoordinatorAddress, find_coordinator
+from dtrain.runtime.control import CoordinatorAddress, find_coordinator, is_there
 from dtrain.runtime.culprit import Fact, describe, find_culprit
 from dtrain.runtime.decide import Decision, Memory, decide, stopped
 from dtrain.runtime.jobstatus import JobStatus
 from dtrain.runtime.options import Timings
 from dtrain.runtime.roster import NOBODY, Message, Roster
+from dtrain.runtime.stackcalls import StackCalls
 
 _MAX_STARTS = 3  # of one node that never joins
-_STACK_WAIT_S = 4.0
+_POLL_S = 0.05
+_GONE_LOOKS = 3  # a file system may miss a file once
 
 Claim = Callable[[frozenset[tuple[int, int]]], Attempt]  # the checkpoints to pass over -> the next attempt
 
 
 class Deposed(Exception):
-    """A later term exists: this coordinator decides nothing any more."""
+    """A later term exists, or the run was removed: this coordinator decides nothing any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +70,7 @@ class Coordinator:
         self._starts: dict[int, int] = {}  # node -> how often it was started again since it was last here
         self._missing_since: dict[int, float] = {}
         self._stop_counts: dict[int, int] = {}
-        self._stacks: dict[int, dict[int, Message]] = {}  # request -> node -> answer
-        self._requests = itertools.count(1)
+        self._stacks = StackCalls(self._roster)
 
     async def open(self, node_rank: int, host: str) -> CoordinatorAddress:
         """Opens the control port, for the record that claims the term."""
@@ -93,7 +94,7 @@ class Coordinator:
         except Exception:
             traceback.print_exc()
             reason = f"an error inside dtrain: {traceback.format_exc().splitlines()[-1]}; see logs/agent-*.log"
-            with contextlib.suppress(Deposed):
+            with contextlib.suppress(Deposed, OSError):
                 await self._end(Decision(memory=self._memory, state="failed", exit_code=exits.FAILED, reason=reason))
         finally:
             status.cancel()
@@ -109,6 +110,8 @@ class Coordinator:
             if problem:
                 return Decision(memory=self._memory, state="failed", exit_code=exits.FAILED, reason=problem)
             attempt = await self._begin()
+            if attempt is None:
+                return stopped(self._memory)
             log = await self._watch(attempt)
             decision = self._conclude(log)
         return decision
@@ -155,10 +158,18 @@ class Coordinator:
         known = node in self._starts or record is None or self._memory.attempt == 0
         return waited > (self._job.timings.join_s if known else self._job.timings.dead_after_s)
 
-    async def _begin(self) -> Attempt:
-        """Takes the next attempt number and tells the node of global rank 0 to open the attempt's store."""
+    async def _begin(self) -> Attempt | None:
+        """Takes the next attempt number and tells the node of global rank 0 to open the attempt's store. None where the
+        job is to stop and the checkpoint store has not answered: a number taken after that is of no consequence."""
         self._check_term()
-        attempt = await asyncio.to_thread(self._job.claim, frozenset(self._memory.skip))
+        skip = frozenset(self._memory.skip)
+        claiming = in_background(lambda: self._job.claim(skip))
+        while not (await asyncio.wait({claiming}, timeout=_POLL_S))[0]:
+            while await self._next(0) is not None:
+                pass
+            if self._memory.stop is not None:
+                return None
+        attempt = claiming.result()
         self._check_term()
         self._remember(replace(self._memory, attempt=attempt.number, running=True))
         self._status.begin(attempt)
@@ -271,7 +282,7 @@ class Coordinator:
         else:
             record = read_json(self._control.ended) or record
         self._status.end(str(record["state"]), str(record["reason"]))
-        self._try(self._status.write)
+        await self._save_status()
         self._roster.broadcast({"op": "end", "exit_code": record["exit_code"]})
         self._job.backend.clear(self._plan)
         deadline = time.monotonic() + 2 * self._job.timings.kill_s
@@ -284,7 +295,10 @@ class Coordinator:
         """The next message, after what concerns the whole job in it was done; None when none came in time."""
         timeout = None if timeout_s == float("inf") else max(0.0, timeout_s)
         try:
-            node, message = await asyncio.wait_for(self._roster.inbox.get(), timeout)
+            if self._roster.inbox.empty():
+                node, message = await asyncio.wait_for(self._roster.inbox.get(), timeout)
+            else:
+                node, message = self._roster.inbox.get_nowait()  # also where no time is left
         except TimeoutError:
             return None
         match message.get("op"):
@@ -301,7 +315,7 @@ class Coordinator:
             case "stop_requested":
                 self._stop_requested(node, message)
             case "stacks":
-                self._stacks.setdefault(int(message["id"]), {})[node] = message["stacks"]
+                self._stacks.answer(node, message)
         return node, message
 
     def _worker_event(self, message: Message) -> None:
@@ -327,33 +341,24 @@ class Coordinator:
                 self._roster.inbox.put_nowait((NOBODY, {"op": "stop_requested", "reason": "asked for by a person"}))
                 return {"stopping": True}
             case "stack":
-                return {"stacks": await self._collect_stacks()}
+                return {"stacks": await self._stacks.collect()}
             case other:
                 return {"error": f"there is no request {other!r}; known: stop, stack, status"}
 
-    async def _collect_stacks(self) -> dict[str, str]:
-        request = next(self._requests)
-        self._stacks[request] = {}
-        asked = set(self._roster.members)
-        self._roster.broadcast({"op": "stack", "id": request})
-        deadline = time.monotonic() + _STACK_WAIT_S
-        while asked & self._roster.members.keys() - self._stacks[request].keys() and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        answers = self._stacks.pop(request)
-        missing = {
-            str(worker["global_rank"]): f"node {node} does not answer; last seen {worker}"
-            for node, member in self._roster.members.items()
-            if node not in answers
-            for worker in member.workers
-        }
-        return {**missing, **{rank: text for answer in answers.values() for rank, text in answer.items()}}
-
     async def _keep_status(self) -> None:
+        missing = 0
         while True:
-            self._try(self._status.write)
-            if self._is_deposed():
+            await self._save_status()
+            missing = 0 if is_there(self._control) else missing + 1
+            if self._is_deposed() or missing >= _GONE_LOOKS:
                 self._roster.inbox.put_nowait((NOBODY, {"op": "deposed"}))
             await asyncio.sleep(self._job.timings.heartbeat_s)
+
+    async def _save_status(self) -> None:
+        try:
+            await self._status.save()
+        except OSError as error:
+            _say_unwritten(error)
 
     def _new_log(self, number: int, from_step: int = 0) -> AttemptLog:
         plan = self._plan
@@ -366,6 +371,8 @@ class Coordinator:
     def _check_term(self) -> None:
         if self._is_deposed():
             raise Deposed("another node coordinates the job now; this one decides nothing any more")
+        if not is_there(self._control):
+            raise Deposed(f"{self._control.path} is gone; there is nothing left to decide")
 
     def _remember(self, memory: Memory) -> None:
         self._memory = memory
@@ -380,4 +387,8 @@ class Coordinator:
         try:
             write()
         except OSError as error:
-            print(f"can't write: {error}", file=sys.stderr)
+            _say_unwritten(error)
+
+
+def _say_unwritten(error: OSError) -> None:
+    print(f"can't write: {error}", file=sys.stderr)

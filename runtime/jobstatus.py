@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic
+from dtrain.runtime.background import in_background
 from dtrain.runtime.checkpoint.attempts import Attempt
 from dtrain.runtime.roster import Member
 
@@ -21,6 +23,7 @@ class JobStatus:
         self._control = control
         self._members = members
         self._steps = (read_json(RunDir(plan.run_dir).job) or {}).get("steps")
+        self._saving = asyncio.Lock()
         self._attempt = 0
         self._done = 0  # the newest finished step as of the last look
         self.state = "pending"
@@ -63,8 +66,12 @@ class JobStatus:
             "seen_at": round(time.time(), 3),
         }
 
-    def write(self) -> None:
-        write_atomic(self._control.status, json.dumps(self.compose()), 0o600)
+    async def save(self) -> None:
+        """Raises OSError. In a thread, because a disk that is busy with checkpoints may take seconds; one after the
+        other, so that the last word stays the last."""
+        async with self._saving:
+            text = json.dumps(self.compose())
+            await in_background(lambda: write_atomic(self._control.status, text, 0o600))
 
     def _workers(self) -> list[dict[str, Any]]:
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +127,8 @@ def launch(tmp_path: Path) -> Iterator[Make]:
         times = json.dumps({**TIMINGS, **(timings or {})})
         args = ("--entry", "toyworker:main", "--preload", "", "--timings", times)
         job = ToyJob(plan=plan, backend=LocalBackend(agent_args=args))
-        (tmp_path / "toy.json").write_text(json.dumps(script))
+        job.run.path.mkdir(exist_ok=True)
+        (job.run.path / "toy.json").write_text(json.dumps(script))
         job.run.job.write_text(json.dumps(plan.to_json()))
         job.files.path.mkdir(parents=True, mode=0o700)
         job.files.token.write_text(secrets.token_hex(32))
@@ -386,3 +388,17 @@ def test_an_agent_of_an_earlier_job_ends(launch: Make) -> None:
     assert job.backend.state(job.plan) == "alive"
     job.backend.stop(job.plan)
     assert job.until_ended()["exit_code"] == 85
+
+
+@pytest.mark.parametrize("what", ["run directory", "control directory"])
+def test_a_removed_run_takes_its_processes_along(launch: Make, tmp_path: Path, what: str) -> None:
+    job = launch(FOREVER, run_dir=str(tmp_path / "run"))
+    job.until_training()
+    members = job.session(0) + job.session(1)
+    logs = [open(path) for path in sorted(job.run.path.glob("logs/agent-*.log"))]  # noqa: SIM115
+    shutil.rmtree(job.run.path if what == "run directory" else job.files.path, ignore_errors=True)
+    _, alive = psutil.wait_procs(members, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    for log in logs:
+        assert "is gone" in log.read()
+        log.close()

@@ -1,0 +1,151 @@
+"""One agent and what it does beside its orders: it goes on listening, and a store that hangs does not hold it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.local import LocalBackend
+from dtrain.cluster.procs import ProcessId
+from dtrain.cluster.rundir import RunDir, read_json
+from dtrain.runtime.agent import Agent
+from dtrain.runtime.background import in_background
+from dtrain.runtime.channel import connect
+from dtrain.runtime.checkpoint.attempts import Attempt
+from dtrain.runtime.coordinator import Coordinator, Job
+from dtrain.runtime.options import Options, Timings
+from dtrain.runtime.roster import Roster
+
+TIMINGS = Timings(heartbeat_s=0.1, dead_after_s=0.6, handshake_s=1.0)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    files = RunDir(tmp_path).control("job")
+    files.path.mkdir(parents=True)
+    files.token.write_text(secrets.token_hex(32))
+    files.node(0).write_text(json.dumps(ProcessId.of(os.getpid()).to_json()))
+    return Options(run_dir=str(tmp_path), job_id="job", node_rank=0, timings=TIMINGS)
+
+
+def make_job(options: Options, claim: Any) -> Job:
+    plan = JobPlan(
+        name="toy",
+        run_dir=options.run_dir,
+        job_id="job",
+        backend="local",
+        nodes=1,
+        procs_per_node=1,
+        gpus_per_node=0,
+        threads_per_proc=1,
+        python=sys.executable,
+        argv=(),
+        cwd=options.run_dir,
+        sys_path=(),
+        env={},
+        checkpoint_url=options.run_dir + "/checkpoints",
+        workers="exec",
+        max_restarts_without_progress=3,
+    )
+    token = bytes.fromhex(RunDir(options.run_dir).control("job").token.read_text())
+    return Job(plan=plan, backend=LocalBackend(), token=token, timings=TIMINGS, claim=claim)
+
+
+async def nobody(message: dict[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def never(skip: frozenset[tuple[int, int]]) -> Attempt:
+    raise AssertionError("nobody asked for an attempt")
+
+
+def test_an_agent_that_takes_long_to_end_its_workers_goes_on_listening(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(options, never)
+    seen: list[str] = []
+
+    async def scene() -> None:
+        roster = Roster(RunDir(options.run_dir).control("job"), job.token, 1, TIMINGS, nobody)
+        port = await roster.open("127.0.0.1")
+        agent = Agent(job, options)
+
+        async def slow_kill() -> None:
+            await asyncio.sleep(3 * TIMINGS.dead_after_s)
+
+        monkeypatch.setattr(agent._workers, "kill", slow_kill)
+        channel = await agent._introduce(await connect("127.0.0.1", port, job.token, 1.0))
+        serving = asyncio.create_task(agent._serve(channel))
+        roster.send(0, {"op": "kill", "attempt": 1})
+        while "killed" not in seen:
+            _, message = await asyncio.wait_for(roster.inbox.get(), 10)
+            seen.append(message["op"])
+        roster.broadcast({"op": "end", "exit_code": 85})
+        assert await asyncio.wait_for(serving, 10) == 85
+        channel.close()
+        await roster.close()
+
+    asyncio.run(scene())
+    assert "lost" not in seen
+
+
+def test_a_stop_is_not_held_up_by_a_store_that_does_not_answer(options: Options) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang(skip: frozenset[tuple[int, int]]) -> Attempt:
+        asked.set()
+        answer.wait(20)
+        return Attempt(number=1, from_step=0, from_attempt=0)
+
+    job = make_job(options, hang)
+
+    async def scene() -> None:
+        coordinator = Coordinator(job, 1)
+        address = await coordinator.open(0, "here")
+        running = asyncio.create_task(coordinator.run())
+        agent = Agent(job, options)
+        channel = await agent._introduce(await connect(address.addr, address.port, job.token, 1.0))
+        serving = asyncio.create_task(agent._serve(channel))
+        while not asked.is_set():
+            await asyncio.sleep(0.01)
+        channel.send({"op": "stop_requested", "reason": "test", "count": 1})
+        assert await asyncio.wait_for(serving, 5) == 85
+        channel.close()
+        await asyncio.wait_for(running, 5)
+
+    try:
+        asyncio.run(scene())
+    finally:
+        answer.set()
+    ended = read_json(RunDir(options.run_dir).control("job").ended)
+    assert ended is not None
+    assert (ended["state"], ended["exit_code"]) == ("stopped", 85)
+
+
+def test_work_in_the_background_gives_its_result_its_error_or_is_given_up() -> None:
+    release = threading.Event()
+
+    def fail() -> None:
+        raise OSError("no disk")
+
+    async def scene() -> None:
+        assert await in_background(lambda: 7) == 7
+        with pytest.raises(OSError, match="no disk"):
+            await in_background(fail)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(in_background(release.wait), 0.05)
+
+    started = time.monotonic()
+    asyncio.run(scene())
+    assert time.monotonic() - started < 5  # the loop ended though the work goes on
+    release.set()
