@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from typing import Any
 
 from dtrain.runtime.control import (
@@ -53,47 +54,73 @@ class Channel:
         self._writer.transport.abort()
 
 
-async def accept(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes, timeout_s: float
-) -> Channel | None:
+async def accept(connection: socket.socket, token: bytes, timeout_s: float) -> Channel | None:
     """The server's side of the introduction; None (and the connection is closed) for a peer without the token."""
-    server_nonce = new_nonce()
-    writer.write(encode({"challenge": server_nonce}))
     try:
-        answer = decode(await asyncio.wait_for(_short_line(reader), timeout_s))
-        client_nonce = str(answer.get("challenge"))
-        if not is_proof(answer.get("proof"), prove(token, "client", server_nonce, client_nonce)):
-            writer.write(encode({"error": "wrong token"}))
-            raise ControlError("wrong token")
-        writer.write(encode({"proof": prove(token, "server", server_nonce, client_nonce)}))
-    except (ControlError, OSError, TimeoutError):
-        writer.close()
+        async with asyncio.timeout(timeout_s):
+            await _admit(connection, token)
+        return await _open(connection)
+    except (ControlError, OSError):  # TimeoutError is one
+        connection.close()
         return None
-    return Channel(reader, writer)
+    except BaseException:
+        connection.close()
+        raise
 
 
 async def connect(addr: str, port: int, token: bytes, timeout_s: float) -> Channel:
     """The client's side. Raises OSError or TimeoutError where nobody answers, ControlError for a stranger."""
-    reader, writer = await asyncio.wait_for(asyncio.open_connection(addr, port, limit=MAX_LINE_BYTES), timeout_s)
+    connection = socket.socket(socket.AF_INET6 if ":" in addr else socket.AF_INET)
     try:
-        server_nonce = str(decode(await asyncio.wait_for(_short_line(reader), timeout_s)).get("challenge"))
-        client_nonce = new_nonce()
-        writer.write(encode({"challenge": client_nonce, "proof": prove(token, "client", server_nonce, client_nonce)}))
-        answer = decode(await asyncio.wait_for(_short_line(reader), timeout_s))
-        if not is_proof(answer.get("proof"), prove(token, "server", server_nonce, client_nonce)):
-            raise ControlError(f"no proof of the run's token from {addr}:{port}: {answer.get('error')}")
+        connection.setblocking(False)
+        async with asyncio.timeout(timeout_s):
+            await asyncio.get_running_loop().sock_connect(connection, (addr, port))
+            await _introduce(connection, token, f"{addr}:{port}")
+        return await _open(connection)
     except BaseException:
-        writer.transport.abort()
+        connection.close()
         raise
-    return Channel(reader, writer)
 
 
-async def _short_line(reader: asyncio.StreamReader) -> bytes:
-    """A line of a stranger, read without ever holding more than the limit of it."""
+async def _open(connection: socket.socket) -> Channel:
+    """Streams with room for long messages, for a peer that has proven the token."""
+    return Channel(*await asyncio.open_connection(sock=connection, limit=MAX_LINE_BYTES))
+
+
+async def _admit(connection: socket.socket, token: bytes) -> None:
+    """Raises ControlError where the peer does not hold the token."""
+    server_nonce = new_nonce()
+    await _say(connection, {"challenge": server_nonce})
+    answer = await _hear(connection)
+    client_nonce = str(answer.get("challenge"))
+    if not is_proof(answer.get("proof"), prove(token, "client", server_nonce, client_nonce)):
+        await _say(connection, {"error": "wrong token"})
+        raise ControlError("wrong token")
+    await _say(connection, {"proof": prove(token, "server", server_nonce, client_nonce)})
+
+
+async def _introduce(connection: socket.socket, token: bytes, where: str) -> None:
+    """Raises ControlError where the other side does not hold the token."""
+    server_nonce = str((await _hear(connection)).get("challenge"))
+    client_nonce = new_nonce()
+    await _say(connection, {"challenge": client_nonce, "proof": prove(token, "client", server_nonce, client_nonce)})
+    answer = await _hear(connection)
+    if not is_proof(answer.get("proof"), prove(token, "server", server_nonce, client_nonce)):
+        raise ControlError(f"no proof of the run's token from {where}: {answer.get('error')}")
+
+
+async def _say(connection: socket.socket, message: dict[str, Any]) -> None:
+    await asyncio.get_running_loop().sock_sendall(connection, encode(message))
+
+
+async def _hear(connection: socket.socket) -> dict[str, Any]:
+    """A line of a stranger, who never makes this process hold more than the limit. Bytes behind it are not read: the
+    line after it may be that of a proven peer."""
+    loop = asyncio.get_running_loop()
     line = b""
     while not line.endswith(b"\n"):
-        byte = await reader.read(1)
+        byte = await loop.sock_recv(connection, 1)
         line += byte
         if not byte or len(line) > MAX_HELLO_BYTES:
             raise ControlError("no proper introduction")
-    return line
+    return decode(line)

@@ -6,7 +6,7 @@ Serves the control port. Judges nothing but silence; clients' requests are hande
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,12 +15,15 @@ from typing import Any
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import Control, read_json
 from dtrain.runtime.channel import Channel, accept
-from dtrain.runtime.control import MAX_LINE_BYTES, ControlError
+from dtrain.runtime.control import ControlError
 from dtrain.runtime.options import Timings
 
 Message = dict[str, Any]
 OnClient = Callable[[Message], Awaitable[Message]]
 NOBODY = -1  # the sender of messages that no node sent
+_MAX_STRANGERS = 64  # peers that have proven nothing yet and are heard at one time
+_ACCEPT_PAUSE_S = 0.1
+_BACKLOG = 4096  # all nodes of a large job may come at once
 
 
 @dataclass(slots=True)
@@ -43,24 +46,29 @@ class Roster:
         self._num_nodes = num_nodes
         self._timings = timings
         self._on_client = on_client
-        self._server: asyncio.Server | None = None
+        self._server: socket.socket | None = None
+        self._strangers = asyncio.Semaphore(_MAX_STRANGERS)
         self._tasks: set[asyncio.Task[None]] = set()
         self.members: dict[int, Member] = {}
         self.inbox: asyncio.Queue[tuple[int, Message]] = asyncio.Queue()
 
     async def open(self, address: str) -> int:
         """Listens on a free port of `address`; the port."""
-        self._server = await asyncio.start_server(self._serve, address, 0, limit=MAX_LINE_BYTES)
-        self._tasks.add(asyncio.create_task(self._watch()))
-        return int(self._server.sockets[0].getsockname()[1])
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._server = socket.create_server((address, 0), family=family, backlog=_BACKLOG)
+        self._server.setblocking(False)
+        self._tasks |= {asyncio.create_task(self._watch()), asyncio.create_task(self._accept(self._server))}
+        return int(self._server.getsockname()[1])
 
     async def close(self) -> None:
         """Hangs up on everybody."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._server is not None:
             self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        for member in self.members.values():
+        for member in list(self.members.values()):
             await member.channel.drain(0.5)
             member.channel.close()
         self.members.clear()
@@ -80,24 +88,39 @@ class Roster:
             member.channel.abort()
             self.inbox.put_nowait((node_rank, {"op": "lost", "reason": reason, "reached": member.reached}))
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def _accept(self, server: socket.socket) -> None:
+        """Connections one by one; while many strangers are being heard, the next ones wait in the kernel."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._strangers.acquire()
+            try:
+                connection, _ = await loop.sock_accept(server)
+            except OSError:  # out of descriptors, or the peer has gone already
+                self._strangers.release()
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            except BaseException:
+                self._strangers.release()
+                raise
+            task = asyncio.create_task(self._serve(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, connection: socket.socket) -> None:
         try:
-            channel = await accept(reader, writer, self._token, self._timings.handshake_s)
-            if channel is not None:
-                await self._introduced(channel)
+            channel = await accept(connection, self._token, self._timings.handshake_s)
+        finally:
+            self._strangers.release()
+        if channel is None:
+            return
+        try:
+            await self._introduced(channel)
         except ControlError as error:
-            with contextlib.suppress(ConnectionError):
-                Channel(reader, writer).send({"error": str(error)})
+            channel.send({"error": str(error)})
         except (TimeoutError, OSError):
             pass  # a peer that went away or says nothing
-        except asyncio.CancelledError:
-            pass  # close() hangs up; asyncio would log this as an error of the server
         finally:
-            self._tasks.discard(task)
-            writer.close()
+            channel.close()
 
     async def _introduced(self, channel: Channel) -> None:
         first = await asyncio.wait_for(channel.receive(), self._timings.handshake_s)

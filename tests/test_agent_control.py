@@ -19,10 +19,10 @@ import pytest
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import RunDir
 from dtrain.runtime import control
-from dtrain.runtime.channel import Channel, connect
+from dtrain.runtime.channel import Channel, accept, connect
 from dtrain.runtime.control import MAX_HELLO_BYTES, ControlError, CoordinatorAddress
 from dtrain.runtime.options import Timings
-from dtrain.runtime.roster import Roster
+from dtrain.runtime.roster import _MAX_STRANGERS, Roster
 
 TOKEN = secrets.token_bytes(32)
 TIMINGS = Timings(heartbeat_s=0.1, dead_after_s=1.0, handshake_s=1.0)
@@ -160,6 +160,27 @@ def test_a_stranger_is_hung_up_on(port: Port, line: bytes) -> None:
     assert b"proof" not in said
     assert port.roster.inbox.empty()
     assert control.request(str(port.run_dir), "job", "status")["status"]  # and it goes on serving
+
+
+def test_no_more_than_a_line_is_read_of_a_stranger() -> None:
+    ours, theirs = socket.socketpair()
+    kept = ours.dup()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    sent = theirs.send(b"x" * 100_000)
+    with kept, theirs:
+        assert asyncio.run(accept(ours, TOKEN, 5.0)) is None
+        left = len(kept.recv(sent, socket.MSG_PEEK))
+    assert sent - left <= MAX_HELLO_BYTES + 1
+
+
+def test_more_strangers_than_are_heard_at_once_only_wait(port: Port) -> None:
+    strangers = [port.connect() for _ in range(_MAX_STRANGERS + 10)]
+    try:
+        assert control.request(str(port.run_dir), "job", "status")["status"]
+    finally:
+        for stranger in strangers:
+            stranger.close()
 
 
 def test_a_silent_stranger_is_hung_up_on(port: Port) -> None:
