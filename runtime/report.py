@@ -53,6 +53,7 @@ class Reporter:
         step: int | None = None,
         phase: str = "",
         kind: str | None = None,
+        where: str | None = None,
         victim: bool | None = None,
         retry: bool | None = None,
         data: dict[str, Any] | None = None,
@@ -67,7 +68,7 @@ class Reporter:
             "type": "failure",
             "kind": kind or known_kind,
             "message": _message(error),
-            "where": find_place(error.__traceback__),
+            "where": where or find_place(error.__traceback__),
             "evidence": _evidence(error),
             "time": time.time(),
             "step": step,
@@ -117,13 +118,36 @@ def _message(error: BaseException) -> str:
 
 
 def _evidence(error: BaseException) -> list[str]:
-    """The traceback's lines; the middle of a long one is left out."""
-    lines = [line for part in traceback.format_exception(error) for line in part.rstrip("\n").split("\n")]
+    """The traceback's lines without our own frames before the user's; the middle of a long one is left out."""
+    told = traceback.TracebackException.from_exception(error)
+    _leave_out_our_beginning(told)
+    lines = [line for part in told.format() for line in part.rstrip("\n").split("\n")]
     lines = [line[:1000] for line in lines]
     if len(lines) <= _MAX_EVIDENCE_LINES:
         return lines
     half = _MAX_EVIDENCE_LINES // 2
     return [*lines[:half], f"... {len(lines) - 2 * half} lines ...", *lines[-half:]]
+
+
+class _Shortened(traceback.StackSummary):
+    """A stack that says how many frames before it are not shown."""
+
+    left_out = 0
+
+    def format(self, **options: Any) -> list[str]:
+        return [f"  ({self.left_out} frame{'s' * (self.left_out != 1)} of dtrain left out)\n", *super().format(**options)]
+
+
+def _leave_out_our_beginning(told: traceback.TracebackException) -> None:
+    """In the exception and those that led to it. An error that is all our own keeps its frames."""
+    count = next((index for index, frame in enumerate(told.stack) if not _is_ours(frame.filename)), 0)
+    if count:
+        shortened = _Shortened(told.stack[count:])
+        shortened.left_out = count
+        told.stack = shortened
+    for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
+        if other is not None:
+            _leave_out_our_beginning(other)
 
 
 def find_place(trace: TracebackType | None) -> str:
@@ -134,9 +158,15 @@ def find_place(trace: TracebackType | None) -> str:
     return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else ""
 
 
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(_OURS)
+
+
 def _is_library(filename: str) -> bool:
-    roots = (sysconfig.get_path("stdlib"), _OUR_ROOT)
-    return filename.startswith(("<frozen", *roots)) or "site-packages" in filename
+    return filename.startswith(("<frozen", *_LIBRARIES)) or "site-packages" in filename or "dist-packages" in filename
 
 
-_OUR_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + "/runtime"
+_OUR_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OUR_FOLDERS = ("cluster", "launcher", "runtime", "slurm", "strategies")  # examples/ is as good as a user's own
+_OURS = tuple(f"{_OUR_ROOT}/{name}/" for name in _OUR_FOLDERS)
+_LIBRARIES = (sysconfig.get_path("stdlib"), *_OURS)

@@ -19,6 +19,8 @@ import pytest
 from dtrain.cluster.errors import CorruptCheckpoint, FencedError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.storage import open_storage
+from dtrain.runtime.background import in_background
 from dtrain.runtime.nodelog import LineSplitter, NodeLog
 from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder
 from dtrain.runtime.options import Options
@@ -319,6 +321,52 @@ def test_reports_and_a_reader_that_is_gone() -> None:
 )
 def test_victims(error: BaseException, victim: bool) -> None:
     assert is_victim(error) is victim
+
+
+def evidence_of(error: BaseException) -> list[str]:
+    reading, writing = os.pipe()
+    with open(reading) as lines:
+        Reporter(writing).failure(error)
+        os.close(writing)
+        evidence: list[str] = json.loads(lines.readline())["evidence"]
+        return evidence
+
+
+def test_the_evidence_begins_with_the_users_frames() -> None:
+    """What failed is called by dtrain, which is called by the user's code once more below."""
+
+    def user_code() -> object:
+        try:
+            return json.loads("{")
+        except ValueError as error:
+            raise KeyError("weights") from error
+
+    with pytest.raises(KeyError) as caught:
+        asyncio.run(_await_through_us(user_code))
+    trace = caught.value.__traceback__
+    while trace is not None and "background" not in trace.tb_frame.f_code.co_filename:
+        trace = trace.tb_next  # as in a worker, where the outermost frame is ours
+    lines = evidence_of(caught.value.with_traceback(trace))
+    text = "\n".join(lines)
+    assert "background.py" not in text
+    assert "of dtrain left out)" in text
+    assert f'File "{__file__}"' in text
+    assert "JSONDecodeError" in text
+    assert lines[-1] == "KeyError: 'weights'"
+
+
+async def _await_through_us(work: Callable[[], object]) -> object:
+    return await in_background(work)
+
+
+def test_an_error_of_our_own_keeps_its_frames() -> None:
+    with pytest.raises(UsageError) as caught:
+        open_storage("gopher://x")
+    trace = caught.value.__traceback__
+    assert trace is not None
+    evidence = evidence_of(caught.value.with_traceback(trace.tb_next))
+    assert any("storage.py" in line for line in evidence)
+    assert not any("left out" in line for line in evidence)
 
 
 def test_the_place_is_in_the_users_code() -> None:
