@@ -1,5 +1,6 @@
 """One log file a node and attempt: every worker's lines, tagged with rank and time, bounded in size.
 
+A line `[date 2026-11-22 +0100]` comes before the first line of each day, so that the times mean one moment everywhere.
 Head and tail of an overlong log are kept: the beginning says what was started, the end why it stopped.
 """
 
@@ -14,6 +15,7 @@ MAX_BYTES = 50 << 20
 _MAX_LINE_BYTES = 64 << 10
 _REDRAW_S = 1.0  # a progress bar redraws its line many times a second: keep one a second
 _TAIL_LINES = 40
+_DATE = b"[date "
 
 
 class NodeLog:
@@ -25,11 +27,13 @@ class NodeLog:
         self._size = self._file.seek(0, 2)
         self._max_bytes = max_bytes
         self._dropped = 0
+        self._day = ""  # as in the newest date line
 
     def write(self, tag: str, line: bytes, now: float | None = None) -> None:
         moment = time.time() if now is None else now
-        stamp = time.strftime("%H:%M:%S", time.localtime(moment)) + f".{int(moment * 1000) % 1000:03d}"
-        record = f"[{tag} {stamp}] ".encode() + line + b"\n"
+        local = time.localtime(moment)
+        stamp = time.strftime("%H:%M:%S", local) + f".{int(moment * 1000) % 1000:03d}"
+        record = self._new_day(time.strftime("%Y-%m-%d %z", local)) + f"[{tag} {stamp}] ".encode() + line + b"\n"
         try:
             self._file.write(record)
             self._size += len(record)
@@ -41,15 +45,28 @@ class NodeLog:
     def close(self) -> None:
         self._file.close()
 
+    def _new_day(self, day: str) -> bytes:
+        if day == self._day:
+            return b""
+        self._day = day
+        return _DATE + day.encode() + b"]\n"
+
     def _compact(self) -> None:
         head = self._whole_lines(0, self._max_bytes // 2)
         tail = self._whole_lines(self._size - self._max_bytes // 4, self._max_bytes // 4)
         tail = tail.partition(b"\n")[2]
         self._dropped += self._size - len(head) - len(tail)
         note = f"[... about {self._dropped} bytes left out: a log is kept to {self._max_bytes} bytes ...]\n".encode()
+        note += self._newest_date(len(head), self._size - len(tail))
         self._file.truncate(len(head))
         self._file.write(note + tail)
         self._size = len(head) + len(note) + len(tail)
+
+    def _newest_date(self, start: int, end: int) -> bytes:
+        """The last date line of a part of the file, empty where no day began in it."""
+        self._file.seek(start)
+        _, found, rest = (b"\n" + self._file.read(end - start)).rpartition(b"\n" + _DATE)
+        return _DATE + rest.partition(b"\n")[0] + b"\n" if found else b""
 
     def _whole_lines(self, start: int, size: int) -> bytes:
         self._file.seek(start)

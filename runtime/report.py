@@ -135,7 +135,10 @@ class _Shortened(traceback.StackSummary):
     left_out = 0
 
     def format(self, **options: Any) -> list[str]:
-        return [f"  ({self.left_out} frame{'s' * (self.left_out != 1)} of dtrain left out)\n", *super().format(**options)]
+        return [
+            f"  ({self.left_out} frame{'s' * (self.left_out != 1)} of dtrain left out)\n",
+            *super().format(**options),
+        ]
 
 
 def _leave_out_our_beginning(told: traceback.TracebackException) -> None:

@@ -20,6 +20,7 @@ from dtrain.cluster.errors import CorruptCheckpoint, FencedError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.storage import open_storage
+from dtrain.launcher.commands.logs import LineParser
 from dtrain.runtime.background import in_background
 from dtrain.runtime.nodelog import LineSplitter, NodeLog
 from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder
@@ -59,6 +60,11 @@ class Node:
         names = tuple(name for name in preload.split(",") if name)
         options = Options(run_dir=str(tmp_path), job_id="toy-1", node_rank=0, entry=f"{module}:main", preload=names)
         self.workers = NodeWorkers(plan, options, self.messages.append)
+
+    def printed(self) -> list[str]:
+        """The workers' lines in the log so far, without the one that says the date."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line for line in lines if not line.startswith("[date ")]
 
     def told(self, op: str) -> list[dict[str, Any]]:
         return [message for message in self.messages if message["op"] == op]
@@ -107,7 +113,7 @@ def test_a_worker_finds_its_world(tmp_path: Path, workers: str) -> None:
         ]
 
     node = play(tmp_path, textwrap.dedent(body), scene, workers=workers)
-    lines = sorted(node.log.read_text().splitlines())
+    lines = sorted(node.printed())
     records = [json.loads(line.partition("] ")[2]) for line in lines]
     assert records[1] == {
         "rank": 1,
@@ -210,8 +216,8 @@ def test_a_forked_child_of_a_worker_dies_with_it(tmp_path: Path) -> None:
 
     async def scene(node: Node) -> None:
         await node.workers.start(ORDER, None)
-        await until(lambda: node.log.read_text().count("\n") == 2)
-        children = [int(line.split()[-1]) for line in node.log.read_text().splitlines()]
+        await until(lambda: len(node.printed()) == 2)
+        children = [int(line.split()[-1]) for line in node.printed()]
         for record in node.workers.progress():
             os.kill(record["pid"], signal.SIGKILL)
         await until(lambda: not any(_alive(pid) for pid in children))
@@ -249,10 +255,26 @@ def test_a_log_keeps_head_and_tail(tmp_path: Path) -> None:
         assert (tmp_path / "logs" / "node-0.log").stat().st_size <= 10_200
     log.close()
     lines = (tmp_path / "logs" / "node-0.log").read_text().splitlines()
-    assert lines[0].endswith("] line 0")
+    assert lines[0].startswith("[date 20")
+    assert lines[1].endswith("] line 0")
     assert lines[-1].endswith("] line 1999")
     assert sum("left out" in line for line in lines) >= 1
     assert all(line.startswith("[") for line in lines)
+
+
+def test_a_log_says_on_which_day_its_times_are(tmp_path: Path) -> None:
+    """Also when the line that said so is among those left out."""
+    path = tmp_path / "node-0.log"
+    log = NodeLog(path, max_bytes=10_000)
+    first_day = 1_800_000_000.0
+    for number in range(1000):
+        log.write("0", b"line %d" % number, first_day + (number >= 250) * 86400 + number)
+    log.close()
+    lines = list(LineParser().parse(path.read_text().splitlines()))
+    times = {line.text.partition("] ")[2]: line.time_s for line in lines}
+    assert times["line 0"] == first_day
+    assert "line 250" not in times
+    assert times["line 999"] == first_day + 86400 + 999
 
 
 @pytest.mark.parametrize(

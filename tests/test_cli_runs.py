@@ -18,7 +18,7 @@ from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import RunDir, read_json
 from dtrain.launcher import cli, labels
-from dtrain.launcher.commands.logs import merge
+from dtrain.launcher.commands.logs import LineParser, merge
 from dtrain.launcher.runs import Job, read_job, resolve
 
 STATUS_KEYS = [
@@ -253,8 +253,17 @@ class TestLogs:
         assert "Attempts with one: 1, 2." in capsys.readouterr().err
 
     def test_midnight(self) -> None:
-        lines = merge([["[0 23:59:59.000] a", "[0 00:00:01.000] c"], ["[1 23:59:59.500] b", "[1 00:00:02.000] d"]])
-        assert [line.text[-1] for line in lines] == ["a", "b", "c", "d"]
+        before, after = "[date 2026-12-31 +0100]", "[date 2027-01-01 +0100]"
+        files = [
+            [before, "[0 23:59:59.000] a", after, "[0 00:00:01.000] d"],
+            [before, "[1 23:59:59.500] b", after, "[1 00:00:02.000] e", "[1 23:00:00.000] f"],
+            [after, "[2 00:00:00.500] c"],
+        ]
+        assert [line.text[-1] for line in merge(LineParser().parse(file) for file in files)] == list("abcdef")
+
+    def test_hosts_in_two_time_zones(self) -> None:
+        files = [["[date 2026-12-31 +0100]", "[0 10:00:00.000] b"], ["[date 2026-12-31 +0000]", "[1 08:59:59.000] a"]]
+        assert [line.text[-1] for line in merge(LineParser().parse(file) for file in files)] == ["a", "b"]
 
     def test_nothing_yet(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         make_run(tmp_path / "runs" / "toy")

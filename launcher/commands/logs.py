@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from dtrain.cluster import exits
@@ -19,7 +20,7 @@ from dtrain.launcher.tail import LineTail
 
 HELP = "What the workers printed, all nodes merged by time; each line as `[rank time] text`."
 POLL_S = 0.2
-HALF_DAY_S = 12 * 3600
+_DATE = re.compile(r"\[date (\d{4}-\d\d-\d\d [+-]\d{4})\]$")
 _TAG = re.compile(r"\[(\d+) (\d\d):(\d\d):(\d\d(?:\.\d+)?)\] ?")
 
 
@@ -44,18 +45,37 @@ def run(args: argparse.Namespace) -> int:
     if args.follow:
         return _follow(job, args.rank, args.attempt)
     attempt = attempts[-1] if args.attempt is None else args.attempt
-    for line in merge(_read(file) for file in node_logs(job.run, attempt)):
+    for line in merge(LineParser().parse(_read(file)) for file in node_logs(job.run, attempt)):
         _show(line, args.rank)
     return exits.DONE
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`time_s` since the midnight before its file's first line; a line without a tag has that of the one before."""
+    """`time_s` since the epoch; a line without a tag has that of the one before."""
 
     time_s: float
     global_rank: int | None
     text: str
+
+
+class LineParser:
+    """The lines of one file, in order. Its date lines (runtime/nodelog.py) say on which day the times are."""
+
+    def __init__(self) -> None:
+        self._midnight_s = 0.0
+        self._time_s = 0.0
+        self._rank: int | None = None
+
+    def parse(self, texts: Iterable[str]) -> Iterator[Line]:
+        for text in texts:
+            if date := _DATE.match(text):
+                self._midnight_s = datetime.strptime(date[1], "%Y-%m-%d %z").timestamp()
+                continue
+            if match := _TAG.match(text):
+                self._time_s = self._midnight_s + int(match[2]) * 3600 + int(match[3]) * 60 + float(match[4])
+                self._rank = int(match[1])
+            yield Line(self._time_s, self._rank, text)
 
 
 def attempts_with_logs(run: RunDir) -> list[int]:
@@ -67,20 +87,9 @@ def node_logs(run: RunDir, attempt: int) -> list[Path]:
     return sorted(run.log(attempt, 0).parent.glob("node-*.log"), key=lambda path: (len(path.name), path.name))
 
 
-def parse(lines: Iterable[str]) -> Iterator[Line]:
-    """A clock that falls back by more than half a day has passed midnight."""
-    time_s, rank, days = 0.0, None, 0
-    for text in lines:
-        if match := _TAG.match(text):
-            clock_s = int(match[2]) * 3600 + int(match[3]) * 60 + float(match[4])
-            days += clock_s + days * 86400 < time_s - HALF_DAY_S
-            time_s, rank = clock_s + days * 86400, int(match[1])
-        yield Line(time_s, rank, text)
-
-
-def merge(files: Iterable[Iterable[str]]) -> Iterator[Line]:
+def merge(files: Iterable[Iterable[Line]]) -> Iterator[Line]:
     """By time; lines of one file keep their order. Bounded memory: files are read as they are needed."""
-    return heapq.merge(*map(parse, files), key=lambda line: line.time_s)
+    return heapq.merge(*files, key=lambda line: line.time_s)
 
 
 def _read(path: Path) -> Iterator[str]:
@@ -98,15 +107,24 @@ def _follow(job: Job, rank: int | None, attempt: int | None) -> int:
     """What is there and what comes, of one attempt or of all from the newest on."""
     attempts = attempts_with_logs(job.run)
     first = attempt if attempt is not None else attempts[-1] if attempts else 0
-    tails: dict[Path, LineTail] = {}
+    files: dict[Path, tuple[LineTail, LineParser]] = {}
     while True:
         over = job.backend_state() == "gone"  # asked first, so that the last lines are not missed
-        for each in [a for a in attempts_with_logs(job.run) if a == attempt or (attempt is None and a >= first)]:
-            logs = node_logs(job.run, each)
-            new = [tails.setdefault(path, LineTail(path)).poll() for path in logs]
-            for line in merge(new):
+        found = [a for a in attempts_with_logs(job.run) if a == attempt or (attempt is None and a >= first)]
+        for each in found:
+            for line in merge([_new_lines(path, files) for path in node_logs(job.run, each)]):
                 _show(line, rank)
         sys.stdout.flush()
         if over:
             return exits.DONE
+        for old in found[:-2]:  # nobody writes there any more; each open file counts in a run with many restarts
+            for path in node_logs(job.run, old):
+                if path in files:
+                    files.pop(path)[0].close()
+            first = old + 1
         time.sleep(POLL_S)
+
+
+def _new_lines(path: Path, files: dict[Path, tuple[LineTail, LineParser]]) -> Iterator[Line]:
+    tail, parser = files.setdefault(path, (LineTail(path), LineParser()))
+    return parser.parse(tail.poll())
