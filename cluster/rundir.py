@@ -1,9 +1,9 @@
 """The run directory: where things lie, and the records that scripts may rely on. The same on every back end.
 
-    config.yaml    the resolved config           job.json      the current submission (a JobPlan and more)
-    events.jsonl   everything that happened      metrics.jsonl one record a step
-    failure.json   the last culprit              logs/a0003/node-0.log
-    control/<job_id>/  (0700) token, coordinator-0001.json, node-0.json, status.json, cancel, ended.json
+config.yaml    the resolved config           job.json      the current submission (a JobPlan and more)
+events.jsonl   everything that happened      metrics.jsonl one record a step
+failure.json   the last culprit              logs/a0003/node-0.log
+control/<job_id>/  (0700) token, coordinator-0001.json, node-0.json, status.json, cancel, ended.json
 """
 
 from __future__ import annotations
@@ -57,10 +57,7 @@ def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None
     raw = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode), "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_new(temporary, raw, mode)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -68,15 +65,20 @@ def write_atomic(path: Path, data: str | bytes, mode: int | None = None) -> None
         raise
 
 
+def _write_new(path: Path, raw: bytes, mode: int | None) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with open(os.open(path, flags, 0o666 if mode is None else mode), "wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_once(path: Path, data: str | bytes, mode: int | None = None) -> bool:
     """Creates `path` whole, unless it exists; True for the one caller that made it (atomic on NFS too: link(2))."""
     raw = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode), "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_new(temporary, raw, mode)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -97,12 +99,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that is still being written is left out."""
+    """The records of a JSON-lines file. What is no JSON object is passed over: a line that is still being written, or
+    that a full disk or a kill has cut short."""
     try:
         with open(path, "rb") as file:
             for line in file:
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line) if line.endswith(b"\n") else None
+                    if isinstance(record, dict):
+                        yield record
     except FileNotFoundError:
         return
 
@@ -110,10 +115,14 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def append_event(run: RunDir, kind: str, /, **fields: Any) -> dict[str, Any]:
     """Appends one event with a single write, so that lines of several processes do not mix."""
     record = {"time": round(time.time(), 3), "type": kind, **fields}
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    descriptor = os.open(run.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    # Text that is no UTF-8 (a file name, a message) becomes an escape, which is what JSON says for it too.
+    line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    descriptor = os.open(run.events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line  # the one before was cut short, this one need not be lost with it
+        os.write(descriptor, line)
     finally:
         os.close(descriptor)
     return record

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from typing import Protocol, cast
 
 from dtrain.cluster import exits
@@ -54,6 +55,8 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: users' texts may hold anything
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -71,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, a pager) has gone. Without this the interpreter would complain again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        _say(f"dtrain: {error}")
+        return exits.FAILED
 
 
 def _dispatch(words: list[str]) -> int:

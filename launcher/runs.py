@@ -69,12 +69,12 @@ def read_job(path: str | os.PathLike[str]) -> Job | None:
     run = RunDir(path)
     if not os.path.isfile(run.job):  # a label may also be the name of a file here, or no file name at all
         return None
-    data = read_json(run.job)
-    if data is None:
-        return None
     try:
+        data = read_json(run.job)
+        if data is None:
+            return None
         plan = JobPlan.from_json(data)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UsageError(f"{run.job} is not a job of this dtrain ({error}). Look at it, or move it away.") from error
     return Job(run=run, plan=plan, submitted_at=float(data.get("submitted_at", 0.0)), steps=data.get("steps"))
 
@@ -96,13 +96,13 @@ def known_jobs(cwd: Path) -> list[Job]:
 
 def resolve(text: str, cwd: Path) -> tuple[Job, str]:
     """The run that `text` means, and a remark for the person ("" where nothing is unclear). Raises UsageError."""
-    if (job := read_job(cwd / Path(text).expanduser())) is not None:
+    if (job := read_job(os.path.join(cwd, os.path.expanduser(text)))) is not None:
         return job, ""
     jobs = known_jobs(cwd)
     for job in jobs:
         if job.plan.job_id == text:
             return job, ""
-        if _is_job_id(text) and job.run.control(text).path.is_dir():
+        if _is_job_id(text) and os.path.isdir(job.run.control(text).path):
             return job, f"{text} was an earlier job of this run; its newest is {job.plan.job_id}"
     named = [job for job in jobs if job.plan.name == text]
     if named:
