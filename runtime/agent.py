@@ -20,7 +20,7 @@ from typing import Any
 from dtrain.cluster import exits
 from dtrain.cluster.backends import get_backend
 from dtrain.cluster.errors import DtrainError
-from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.jobplan import JobPlan, worker_environ
 from dtrain.cluster.procs import ProcessId, set_process_name, unblock_stops
 from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
 from dtrain.cluster.storage import open_storage
@@ -28,6 +28,7 @@ from dtrain.runtime.channel import Channel, connect
 from dtrain.runtime.checkpoint.attempts import Attempt, claim_attempt
 from dtrain.runtime.control import ControlError, find_coordinator, is_there, read_token
 from dtrain.runtime.coordinator import Coordinator, Job
+from dtrain.runtime.cpus import describe, slice_of_cores
 from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder, listen
 from dtrain.runtime.options import Options, parse_options
 from dtrain.runtime.warm import StartError, WarmParent
@@ -315,8 +316,20 @@ async def _run(job: Job, options: Options, warm: WarmParent | None) -> int:
     plan = job.plan
     device = f"{plan.gpus_per_node} GPUs" if plan.gpus_per_node else "CPU"
     each = f"{plan.procs_per_node} workers x {plan.threads_per_proc} threads on {device}"
-    _say(f"node {options.node_rank} of {plan.nodes}: {each}, interface {job.backend.agent_address()}")
+    where = f"interface {job.backend.agent_address()}, {_cores(plan, options.node_rank)}"
+    _say(f"node {options.node_rank} of {plan.nodes}: {each}, {where}")
     return await Agent(job, options, warm).run()
+
+
+def _cores(plan: JobPlan, node_rank: int) -> str:
+    """Like `cores 0-3 | 4-7`: each worker's own."""
+    cores, environ = os.sched_getaffinity(0), worker_environ(plan, dict(os.environ))
+    shape = (plan.nodes, plan.procs_per_node)
+    each = [
+        slice_of_cores(cores, environ, backend=plan.backend, node_rank=node_rank, local_rank=local_rank, shape=shape)
+        for local_rank in range(plan.procs_per_node)
+    ]
+    return f"cores {' | '.join(map(describe, each))}" if all(each) else f"{len(cores)} cores for all workers"
 
 
 def _load_job(options: Options) -> Job:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -21,7 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from dtrain.cluster.procs import die_with_parent, set_process_name, unblock_stops
+from dtrain.cluster.rundir import RunDir, read_json
 from dtrain.cluster.workerenv import WorkerEnv
+from dtrain.runtime.cpus import slice_of_cores
 from dtrain.runtime.report import Reporter
 from dtrain.runtime.stopflag import stop_flag
 
@@ -85,6 +88,7 @@ def run_worker(spec: WorkerSpec, fds: WorkerFds, parent: int) -> int:
     )
     set_process_name(f"dtrain {env.global_rank}/{env.world_size}")
     os.environ.update(env.to_environ())
+    _take_cores(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=fds.stack, all_threads=True)
@@ -100,6 +104,22 @@ def run_worker(spec: WorkerSpec, fds: WorkerFds, parent: int) -> int:
         traceback.print_exc()
         Reporter(fds.report).failure(error, phase="")
         return 1
+
+
+def _take_cores(env: WorkerEnv) -> None:
+    """Threads and processes that it starts stay on its cores too."""
+    job = read_json(RunDir(env.run_dir).job) or {}
+    cores = slice_of_cores(
+        os.sched_getaffinity(0),
+        os.environ,
+        backend=str(job.get("backend")),
+        node_rank=env.node_rank,
+        local_rank=env.local_rank,
+        shape=(env.num_nodes, env.local_world_size),
+    )
+    if cores:
+        with contextlib.suppress(OSError):  # some sandboxes refuse; it runs all the same
+            os.sched_setaffinity(0, cores)
 
 
 def leave(code: int) -> None:

@@ -128,6 +128,22 @@ def test_a_worker_finds_its_world(tmp_path: Path, workers: str) -> None:
     }
 
 
+def test_each_worker_has_cores_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        allowed *= 2  # one core: both workers keep it
+    half = len(allowed) // 2
+
+    async def scene(node: Node) -> None:
+        await node.workers.start(ORDER, None)
+        await node.all_ended()
+
+    node = play(tmp_path, "print(sorted(os.sched_getaffinity(0)))\nreturn 0", scene)
+    printed = {line[1]: json.loads(line.partition("] ")[2]) for line in node.printed()}
+    assert printed == {"0": allowed[:half], "1": allowed[half : 2 * half]}
+
+
 @pytest.mark.parametrize("workers", ["warm", "exec"])
 def test_a_stop_during_the_start_is_neither_lost_nor_fatal(tmp_path: Path, workers: str) -> None:
     body = """\
