@@ -31,10 +31,12 @@ from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.cpus import describe, slice_of_cores
 from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder, listen
 from dtrain.runtime.options import Options, parse_options
+from dtrain.runtime.stackcalls import shorten
 from dtrain.runtime.warm import StartError, WarmParent
 
 Message = dict[str, Any]
 _POLL_S = 0.05
+_MAX_STACK_CHARS = 1 << 20  # of a node
 _GONE_LOOKS = 3  # a file system may miss a file once
 
 
@@ -264,7 +266,8 @@ class Agent:
                 store.close()
 
     async def _send_stacks(self, request: int) -> None:
-        self._tell({"op": "stacks", "id": request, "stacks": await self._workers.stacks()})
+        stacks = shorten(await self._workers.stacks(), _MAX_STACK_CHARS)
+        self._tell({"op": "stacks", "id": request, "stacks": stacks})
 
     async def _keep_in_touch(self, channel: Channel) -> None:
         """Heartbeats, and the end of a connection on which nothing was heard for too long."""

@@ -28,7 +28,7 @@ from dtrain.runtime.background import in_background
 from dtrain.runtime.checkpoint.attempts import Attempt
 from dtrain.runtime.control import CoordinatorAddress, find_coordinator, is_there
 from dtrain.runtime.culprit import Fact, describe, find_culprit
-from dtrain.runtime.decide import Decision, Memory, decide, stopped
+from dtrain.runtime.decide import Decision, Memory, decide, given_up, stopped
 from dtrain.runtime.jobstatus import JobStatus
 from dtrain.runtime.options import Timings
 from dtrain.runtime.roster import NOBODY, Message, Roster
@@ -91,11 +91,10 @@ class Coordinator:
             await self._end(decision)
         except Deposed as notice:
             print(f"coordinator of term {self._term}: {notice}", file=sys.stderr)
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
-            reason = f"an error inside dtrain: {traceback.format_exc().splitlines()[-1]}; see logs/agent-*.log"
             with contextlib.suppress(Deposed, OSError):
-                await self._end(Decision(memory=self._memory, state="failed", exit_code=exits.FAILED, reason=reason))
+                await self._end(given_up(self._memory, error))
         finally:
             status.cancel()
             await self.close()

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dtrain.cluster import exits
+from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.runtime.culprit import Fact
 
 State = Literal["done", "stopped", "cancelled", "failed"]
@@ -82,6 +83,14 @@ def stopped(memory: Memory, note: str = "") -> Decision:
     if memory.stop == "cancel":
         return Decision(memory=memory, state="cancelled", exit_code=exits.CANCELLED, reason=f"cancelled{note}")
     return Decision(memory=memory, state="stopped", exit_code=exits.STOPPED, reason=f"stopped on request{note}")
+
+
+def given_up(memory: Memory, error: Exception) -> Decision:
+    """The end by what neither a node nor a worker did: a store or a disk that fails, or a mistake of ours."""
+    known = isinstance(error, DtrainError | OSError)
+    reason = str(error) if known else f"an error inside dtrain: {error!r}; see logs/agent-*.log"
+    code = exits.NEVER_RETRY if isinstance(error, UsageError) else exits.FAILED
+    return Decision(memory=memory, state="failed", exit_code=code, reason=reason)
 
 
 def _unsaved(outcome: Outcome, culprit: Fact) -> str:

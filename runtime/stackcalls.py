@@ -5,11 +5,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Mapping
 
 from dtrain.runtime.roster import Message, Roster
 
 _WAIT_S = 4.0
 _POLL_S = 0.02
+_MAX_CHARS = 4 << 20  # of one answer; a message has an end (runtime/control.py)
+
+
+def shorten(texts: Mapping[str, str], max_chars: int) -> dict[str, str]:
+    """The same with the middle of long texts left out, so that all of them together have about `max_chars`."""
+    each = max_chars // max(1, len(texts))
+    return {key: text if len(text) <= each else _ends(text, each // 2) for key, text in texts.items()}
+
+
+def _ends(text: str, half: int) -> str:
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[len(text) - half :]}"
 
 
 class StackCalls:
@@ -39,4 +51,5 @@ class StackCalls:
             if node not in answers
             for worker in member.workers
         }
-        return {**missing, **{rank: text for answer in answers.values() for rank, text in answer.items()}}
+        found = {rank: text for answer in answers.values() for rank, text in answer.items()}
+        return shorten({**missing, **found}, _MAX_CHARS)

@@ -362,6 +362,26 @@ def test_what_a_worker_started_is_gone_with_it(launch: Make) -> None:
     job.until_ended()
 
 
+@pytest.mark.parametrize("workers", ["warm", "exec"])
+def test_many_restarts_leave_no_descriptors_and_no_processes(launch: Make, workers: str) -> None:
+    faults = [{"attempt": number, "rank": 1, "step": 6 * number, "do": "SIGKILL"} for number in range(1, 8)]
+    job = launch({**FOREVER, "step_s": 0.005, "faults": faults}, workers=workers)
+
+    def use() -> list[tuple[int, int]]:
+        """Of each node: its processes, and the descriptors of those that live on, agent and warm parent."""
+        nodes = [job.session(node) for node in (0, 1)]
+        lasting = [[p for p in each if p.name().startswith(("dtrain node", "dtrain warm"))] for each in nodes]
+        return [(len(each), sum(p.num_fds() for p in last)) for each, last in zip(nodes, lasting, strict=True)]
+
+    job.until_training(attempt=2)
+    before = use()
+    assert all(descriptors > 8 for _, descriptors in before)
+    job.until_training(attempt=8)
+    job.until(lambda: use() == before, "what the second attempt had")
+    job.backend.stop(job.plan)
+    assert job.until_ended()["exit_code"] == 85
+
+
 def test_stacks_also_of_a_stopped_rank(launch: Make) -> None:
     job = launch({**FOREVER, "faults": [{"rank": 1, "step": 8, "do": "hang"}, {"rank": 2, "step": 8, "do": "SIGSTOP"}]})
     job.until_training()

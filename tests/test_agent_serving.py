@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dtrain.cluster.errors import StorageError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.local import LocalBackend
 from dtrain.cluster.procs import ProcessId
@@ -22,9 +23,11 @@ from dtrain.runtime.agent import Agent
 from dtrain.runtime.background import in_background
 from dtrain.runtime.channel import connect
 from dtrain.runtime.checkpoint.attempts import Attempt
+from dtrain.runtime.control import encode
 from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.options import Options, Timings
 from dtrain.runtime.roster import Roster
+from dtrain.runtime.stackcalls import shorten
 
 TIMINGS = Timings(heartbeat_s=0.1, dead_after_s=0.6, handshake_s=1.0)
 
@@ -130,6 +133,48 @@ def test_a_stop_is_not_held_up_by_a_store_that_does_not_answer(options: Options)
     ended = read_json(RunDir(options.run_dir).control("job").ended)
     assert ended is not None
     assert (ended["state"], ended["exit_code"]) == ("stopped", 85)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (StorageError("the bucket is gone"), 1, "the bucket is gone"),
+        (UsageError("no store for gopher://"), 93, "no store for gopher://"),
+        (ZeroDivisionError("oops"), 1, "an error inside dtrain: ZeroDivisionError('oops'); see logs/agent-*.log"),
+    ],
+)
+def test_a_store_that_fails_ends_the_job_with_its_own_words(
+    options: Options, error: Exception, code: int, reason: str
+) -> None:
+    def fail(skip: frozenset[tuple[int, int]]) -> Attempt:
+        raise error
+
+    job = make_job(options, fail)
+
+    async def scene() -> None:
+        coordinator = Coordinator(job, 1)
+        address = await coordinator.open(0, "here")
+        running = asyncio.create_task(coordinator.run())
+        agent = Agent(job, options)
+        channel = await agent._introduce(await connect(address.addr, address.port, job.token, 1.0))
+        assert await asyncio.wait_for(agent._serve(channel), 5) == code
+        channel.close()
+        await asyncio.wait_for(running, 5)
+
+    asyncio.run(scene())
+    ended = read_json(RunDir(options.run_dir).control("job").ended)
+    assert ended is not None
+    assert (ended["state"], ended["exit_code"], ended["reason"]) == ("failed", code, reason)
+
+
+def test_stacks_of_many_ranks_fit_into_a_message() -> None:
+    texts = {str(rank): "\n".join(f"line {number}" for number in range(10_000)) for rank in range(100)}
+    short = shorten({**texts, "100": "idle"}, 1 << 20)
+    assert short["100"] == "idle"
+    assert len(encode(short)) < 1.2 * (1 << 20)
+    assert short["0"].startswith("line 0\n")
+    assert short["0"].endswith("line 9999")
+    assert "characters left out" in short["0"]
 
 
 def test_work_in_the_background_gives_its_result_its_error_or_is_given_up() -> None:
