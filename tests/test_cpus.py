@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,9 +14,14 @@ EIGHT = range(8)
 
 
 def cut(
-    node: int, local: int, *, backend: str = "slurm", shape: tuple[int, int] = (2, 2), **environ: str
+    node: int,
+    local: int,
+    *,
+    backend: str = "slurm",
+    shape: tuple[int, int] = (2, 2),
+    environ: Mapping[str, str] | None = None,
 ) -> tuple[int, ...]:
-    return slice_of_cores(EIGHT, environ, backend=backend, node_rank=node, local_rank=local, shape=shape)
+    return slice_of_cores(EIGHT, environ or {}, backend=backend, node_rank=node, local_rank=local, shape=shape)
 
 
 def test_nodes_of_one_machine_share_its_cores_and_others_do_not() -> None:
@@ -26,11 +33,11 @@ def test_nodes_of_one_machine_share_its_cores_and_others_do_not() -> None:
 def test_too_few_cores_too_many_threads_or_a_person_with_other_plans() -> None:
     assert cut(0, 0, shape=(1, 9)) == ()
     assert cut(0, 0, shape=(1, 1)) == ()  # nobody to keep away from
-    assert cut(0, 1, OMP_NUM_THREADS="4") == (4, 5, 6, 7)
-    assert cut(0, 1, OMP_NUM_THREADS="5") == ()
-    assert cut(0, 1, OMP_NUM_THREADS="2,1") == (4, 5, 6, 7)
+    assert cut(0, 1, environ={"OMP_NUM_THREADS": "4"}) == (4, 5, 6, 7)
+    assert cut(0, 1, environ={"OMP_NUM_THREADS": "5"}) == ()
+    assert cut(0, 1, environ={"OMP_NUM_THREADS": "2,1"}) == (4, 5, 6, 7)
     for name in USERS_OWN:
-        assert cut(0, 1, **{name: "x"}) == ()
+        assert cut(0, 1, environ={name: "x"}) == ()
 
 
 @given(st.sets(st.integers(0, 300), max_size=64), st.integers(1, 4), st.integers(1, 8))
