@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+
+from dtrain.cluster.errors import UsageError
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
-from torch import Tensor, nn
 
 BUCKET_BYTES = 25 << 20  # DDP's default; the first bucket is small so that communication starts early
 FIRST_BUCKET_BYTES = 1 << 20
@@ -28,7 +30,7 @@ class _Bucket:
         first = parameters[0]
         self.buffer = torch.zeros(sum(sizes) + len(sizes), dtype=first.dtype, device=first.device)
         *flat, self.produced = torch.split(self.buffer, [*sizes, len(sizes)])
-        self.views = tuple(part.view(p.shape) for part, p in zip(flat, parameters, strict=True))
+        self.views = tuple(_shaped_like(p, part) for part, p in zip(flat, parameters, strict=True))
         self.missing: set[int] = set()  # parameters without a gradient in this step so far
         self.pending: set[int] = set()  # parameters that the last micro-batch's backward has not reached
         self.work: dist.Work | None = None
@@ -88,6 +90,11 @@ class BucketedAllReduce:
             bucket.missing.discard(index)
             if not self._last:
                 return
+            if index not in bucket.pending:  # its bucket may be on the way already
+                raise UsageError(
+                    f"a parameter of shape {tuple(parameter.shape)} got its gradient in two parts in one backward, as "
+                    "reentrant activation checkpointing does. Set use_reentrant=False, or strategy: fsdp"
+                )
             bucket.pending.discard(index)
             while self._next < len(self._buckets) and not self._buckets[self._next].pending:
                 self._reduce(self._buckets[self._next])
@@ -100,6 +107,11 @@ class BucketedAllReduce:
             bucket.produced[index] = 0.0
         bucket.work = dist.all_reduce(bucket.buffer, group=self._group, async_op=True)
         self._next += 1
+
+
+def _shaped_like(parameter: Tensor, flat: Tensor) -> Tensor:
+    """`flat` as autograd lays out a gradient: with the parameter's strides where it is dense (channels last, say)."""
+    return flat.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride(), flat.storage_offset())
 
 
 def _split(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -1,67 +1,181 @@
 """Fully sharded data parallelism through torch's FSDP2 (fully_shard): parameters, gradients and optimizer state are cut
-along dim 0 over the ranks; a unit's parameters are gathered for its forward and backward only.
+along dim 0 over the ranks; a unit's parameters are gathered for its forward and backward only. Gathering is collective:
+every rank has to run the same units in the same order, though not all parameters in them.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
-from dtrain.cluster.errors import UsageError
-from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from dtrain.cluster.errors import UsageError
+from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
 class ShardedGradients:
-    """Gradients are reduced once a step, with the last micro-batch; until then they accumulate unsharded."""
+    """Gradients are reduced once a step, with the last micro-batch; until then they accumulate unsharded.
 
-    root: FSDPModule
-    optimizer: torch.optim.Optimizer
+    Every rank reduces every parameter of a unit, with zeros where its samples did not use it: FSDP's own way, to leave
+    such parameters out, adds up different ones where ranks differ. A parameter that no rank used keeps no gradient.
+    """
+
+    def __init__(self, root: FSDPModule, optimizer: torch.optim.Optimizer) -> None:
+        self._root = root
+        self._optimizer = optimizer
+        self._units = [module for module in cast(nn.Module, root).modules() if isinstance(module, FSDPModule)]
+        self._parameters = [p for p in cast(nn.Module, root).parameters() if p.requires_grad]
+        self._produced: set[int] = set()  # indices of parameters that this rank has a gradient for
+        root.set_reduce_scatter_unused_params(True)
+        self._watch()
 
     def begin(self, *, last: bool) -> None:
-        self.root.set_requires_gradient_sync(last)
-        self.root.set_is_last_backward(last)
+        self._root.set_requires_gradient_sync(last)
+        self._root.set_is_last_backward(last)
 
     def finish(self) -> None:
-        pass
+        missing = [index for index in range(len(self._parameters)) if index not in self._produced]
+        somewhere = torch.tensor(bool(missing), dtype=torch.int32)
+        dist.all_reduce(somewhere)
+        if not somewhere:
+            return
+        produced = torch.ones(len(self._parameters), dtype=torch.int32)
+        produced[missing] = 0
+        dist.all_reduce(produced)
+        for parameter, ranks in zip(self._parameters, produced.tolist(), strict=True):
+            if not ranks:
+                parameter.grad = None
 
     def zero(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._produced.clear()
 
     def settle(self) -> None:
-        for module in cast(nn.Module, self.root).modules():  # the root keeps its parameters for a backward
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._units:  # the root keeps its parameters for a backward
+            module.reshard()
+
+    def _watch(self) -> None:
+        """Notes which parameters get a gradient. Gathered parameters are other tensors, which appear with the first
+        forward of their unit and stay the same afterwards."""
+        indices = {parameter: index for index, parameter in enumerate(self._parameters)}
+        for unit in self._units:
+            places = [
+                (module, name, indices[parameter])
+                for module in _own_modules(cast(nn.Module, unit))
+                for name, parameter in module.named_parameters(recurse=False)
+                if parameter in indices
+            ]
+            self._watch_unit(cast(nn.Module, unit), places)
+
+    def _watch_unit(self, unit: nn.Module, places: Sequence[tuple[nn.Module, str, int]]) -> None:
+        def on_first_forward(*_: object) -> None:
+            first.remove()
+            gathered = {getattr(module, name): index for module, name, index in places}
+            for parameter, index in gathered.items():
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._produced.add(index))
+
+        first = unit.register_forward_pre_hook(on_first_forward)
+
+
+def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
+    """The unit and what lies in it, without units inside it."""
+    yield unit
+    for child in unit.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_modules(child)
 
 
 def units(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """The modules that are gathered as one, by name: those that match a pattern, else every item of every outermost
-    ModuleList or Sequential. Raises UsageError for a pattern that matches nothing."""
-    if patterns:
-        names = [name for name, _ in model.named_modules() if name]
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise UsageError(f"strategy.wrap: {pattern!r} matches no module. There are: {', '.join(names[:20])}")
-        return [(n, m) for n, m in model.named_modules() if n and any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-    found: list[tuple[str, nn.Module]] = []
+    """The modules that are gathered as one, by name, inner ones first: those that match a pattern, else every item of
+    every outermost ModuleList or Sequential, but for items that share a parameter with something outside.
+
+    Raises UsageError for a pattern that matches nothing, or a module that can't be a unit.
+    """
+    owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter].add(module)
+
+    def shares(unit: nn.Module) -> bool:
+        inside = set(unit.modules())
+        return any(not owners[parameter] <= inside for parameter in unit.parameters())
+
+    if not patterns:
+        return [(name, module) for name, module in _items(model) if not shares(module)]
+    found = _matches(model, patterns)
+    for name, module in found:
+        if isinstance(module, _CONTAINERS):
+            raise UsageError(f"strategy.wrap: {name} is a {type(module).__name__}, which has no forward. Say {name}.*")
+        if shares(module):
+            raise UsageError(
+                f"strategy.wrap: {name} shares a parameter with a module outside it, so it can't be gathered alone. "
+                "Leave it out, or name a module that holds both"
+            )
+    return found
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def _matches(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Name by name: `blocks.*` is every block, not every module in one."""
+    modules = {name: module for name, module in model.named_modules() if name}
+
+    def fits(name: str, pattern: str) -> bool:
+        words, parts = name.split("."), pattern.split(".")
+        return len(words) == len(parts) and all(map(fnmatch.fnmatchcase, words, parts))
+
+    for pattern in patterns:
+        if not any(fits(name, pattern) for name in modules):
+            some = ", ".join(list(modules)[:20])
+            raise UsageError(f"strategy.wrap: {pattern!r} matches no module. There are: {some}")
+    return [(n, m) for n, m in reversed(modules.items()) if any(fits(n, pattern) for pattern in patterns)]
+
+
+def _items(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    found: dict[nn.Module, str] = {}  # a module that is used in two places is one unit
 
     def walk(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
-            if isinstance(module, nn.ModuleList | nn.Sequential) and prefix:
-                if any(True for _ in child.parameters()):
-                    found.append((prefix + name, child))
-            else:
+            if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(child, _CONTAINERS):
                 walk(child, f"{prefix}{name}.")
+            elif any(True for _ in child.parameters()):
+                found.setdefault(child, prefix + name)
 
     walk(model, "")
-    return found
+    return [(name, module) for module, name in found.items()]
+
+
+def _check_parameters(model: nn.Module, wrapped: Sequence[tuple[str, nn.Module]]) -> None:
+    """What fully_shard would refuse later and in other words. Raises UsageError."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise UsageError(
+                f"strategy: fsdp cuts along dim 0, and {name} has none. Give it the shape (1,), or take ddp"
+            )
+        if not parameter.is_contiguous():
+            raise UsageError(
+                f"strategy: fsdp cuts contiguous parameters only, and {name} has the strides {parameter.stride()} "
+                f"for the shape {tuple(parameter.shape)}. Leave the memory format as it is, or take ddp"
+            )
+    taken: set[nn.Parameter] = set()
+    for name, module in [*wrapped, ("the rest of the model", model)]:  # inner ones first
+        own = [p for p in module.parameters() if p.requires_grad and p not in taken]
+        taken.update(own)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in own})
+        if len(dtypes) > 1:
+            raise UsageError(
+                f"strategy: fsdp gathers {name} as one unit, which needs one dtype, but its parameters are "
+                f"{' and '.join(dtypes)}. Set strategy.wrap so that units have one each, or take ddp"
+            )
 
 
 class Fsdp:
@@ -89,7 +203,9 @@ class Fsdp:
         device: torch.device,
     ) -> Wrapped:
         mesh = init_device_mesh(device.type, (topology.world_size,), mesh_dim_names=("shard",))
-        for _, module in units(model, config.wrap):
+        wrapped = units(model, config.wrap)
+        _check_parameters(model, wrapped)
+        for _, module in wrapped:
             fully_shard(module, mesh=mesh)
         root = fully_shard(model, mesh=mesh)  # the same module object, its class extended in place
         model.to(device)  # buffers; parameters are there already
@@ -98,7 +214,7 @@ class Fsdp:
                 module.set_gradient_divide_factor(1.0)  # a plain sum: the loss is divided by the global count
                 module.set_force_sum_reduction_for_comms(True)
         optimizer = make_optimizer(model)
-        return Wrapped(module=model, optimizer=optimizer, sync=ShardedGradients(root=root, optimizer=optimizer))
+        return Wrapped(module=model, optimizer=optimizer, sync=ShardedGradients(root, optimizer))
 
 
 strategy = Fsdp()

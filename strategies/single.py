@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,14 @@ from itertools import product
 from typing import Any
 
 import torch
-from dtrain.cluster.errors import CheckpointError
-from dtrain.strategies.boxes import Box, Layout, TensorSpec, grid_boxes, replicated
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from dtrain.cluster.errors import CheckpointError
+from dtrain.strategies.boxes import Box, Layout, TensorSpec, grid_boxes, replicated
+
 Local = dict[str, list[tuple[Box, Tensor]]]
-Reader = Callable[[Iterable[tuple[str, Box, Tensor]]], None]
+Reader = Callable[[Sequence[TensorSpec], Iterable[tuple[str, Box, Tensor]]], None]
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -113,7 +114,8 @@ def load_canonical(
     read: Reader,
     world_size: int,
 ) -> None:
-    """Fills model and optimizer from a checkpoint's tensors, whatever layout they were saved in. No communication.
+    """Fills model and optimizer from a checkpoint's tensors, whatever layout they were saved in. `read` gets what all
+    ranks hold, and what this rank is to fill; whether ranks talk is its affair.
 
     Raises CheckpointError naming every tensor that is missing or does not fit.
     """
@@ -123,7 +125,7 @@ def load_canonical(
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError("the checkpoint does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
-    read((name, box, tensor) for name, boxes in local.items() for box, tensor in boxes if box.num_elements)
+    read(specs, ((name, box, tensor) for name, boxes in local.items() for box, tensor in boxes if box.num_elements))
 
 
 def _mismatches(specs: Sequence[TensorSpec], saved: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterable[str]:
@@ -162,6 +164,11 @@ def _make_optimizer_state(
             state[index] = entry
     # load_state_dict puts each value where the optimizer wants it (a fused Adam's step on the device, for one).
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for index, entry in state.items():  # but it also casts to the parameter's dtype, whatever the state's was
+        made = optimizer.state[parameters[index]]
+        for key, wanted in entry.items():
+            if isinstance(wanted, Tensor) and made[key].dtype != wanted.dtype and key != "step":
+                made[key] = made[key].to(wanted.dtype)
 
 
 def _empty(parameter: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -10,9 +10,12 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from dtrain.strategies.protocol import MicroBatch, StepOptions, StepResult, Wrapped
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from dtrain.cluster.errors import UsageError
+from dtrain.strategies.protocol import MicroBatch, StepOptions, StepResult, Wrapped
 
 
 class NonFinite(ArithmeticError):
@@ -38,8 +41,8 @@ def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: Ste
     loss_sum, true_count, bad = _accumulate(wrapped, micro_batches, options)
     loss_sum, true_count, num_bad = options.all_reduce([loss_sum, true_count, float(bad is not None)])
     if not true_count:
-        raise ValueError(
-            "the counts of this step's micro-batches add up to 0 over all ranks: nothing to take a mean over"
+        raise UsageError(
+            "count: the counts of this step's micro-batches add up to 0 over all ranks: nothing to take a mean over"
         )
     loss = loss_sum / true_count
     if num_bad:
@@ -49,13 +52,13 @@ def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: Ste
     options.on_phase("optimizer")
     gradients = [p.grad for group in wrapped.optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Where the loss says itself what it is a mean over, C was only a guess: put it right once, on the sums.
-    correction = options.total_count / true_count
+    correction = _divisor(options) / true_count
     norm = _global_norm(gradients, options) * correction
     if not math.isfinite(norm):
         wrapped.sync.zero()
         raise NonFinite("gradient norm", norm, here=True, indices=())
     scale = correction * _clip_coefficient(norm, options.clip_grad_norm)
-    if scale != 1.0:
+    if scale != 1.0 and gradients:
         torch._foreach_mul_([_local(g) for g in gradients], scale)
     wrapped.optimizer.step()
     return StepResult(loss=loss, grad_norm=norm, count=true_count)
@@ -73,16 +76,32 @@ def _accumulate(
         with options.autocast():
             output = options.forward(wrapped.module, micro.batch)
             total, count = options.loss(output, micro.batch, micro.count)
-        if micro.weight == 0:  # by where, not by 0 *: a loss of NaN must not leak
-            total, count = torch.where(torch.zeros_like(total, dtype=torch.bool), total, 0.0), 0.0
+        if not total.requires_grad:
+            raise UsageError("loss: it does not depend on any parameter that requires a gradient")
+        if micro.weight == 0 or not count:
+            total, count = _silenced(output, total), 0.0
         options.on_phase("backward")
-        (total / options.total_count).backward()  # type: ignore[no-untyped-call]
+        (total / _divisor(options)).backward()  # type: ignore[no-untyped-call]
         sums.append(total.detach().double())
         true_count += count
     wrapped.sync.finish()
     values = torch.stack(sums).tolist()
     bad = next((m for m, value in zip(micro_batches, values, strict=True) if not math.isfinite(value)), None)
     return math.fsum(values) if bad is None else math.nan, true_count, bad
+
+
+def _divisor(options: StepOptions) -> float:
+    """C. A guess of 0 that the loss then contradicts is as good as any other guess."""
+    return options.total_count or 1.0
+
+
+def _silenced(output: object, total: Tensor) -> Tensor:
+    """A loss of 0 whose backward brings exact zeros to the model. By where and a hook, not by 0 *: a mean over nothing
+    is NaN, and 0 * NaN would leak from it, forward or backward."""
+    for tensor in tree_leaves(output):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+    return torch.where(torch.zeros_like(total, dtype=torch.bool), total, 0.0)
 
 
 def _local(tensor: Tensor) -> Tensor:
