@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
 from dtrain.runtime.config import OptimizerConfig, RunConfig, Target
@@ -18,7 +20,7 @@ from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.fsdp import units
 from dtrain.strategies.protocol import ModelSpec, Topology, Wrapped
 from dtrain.strategies.registry import choose, get_strategy
-from torch import nn
+from dtrain.strategies.state import DTYPES, persistent_buffers
 
 # Optimizers whose update of one element depends on that element alone; others see another tensor when it is cut.
 _NOT_ELEMENTWISE = {"LBFGS", "Adafactor", "Muon"}
@@ -39,6 +41,9 @@ def build_model(target: Target, seed: int) -> nn.Module:
         raise UsageError(f"model: {target.target} returned {type(model).__name__}, not a torch.nn.Module")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"model: {target.target} has no parameter that requires a gradient")
+    for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
+        if tensor.dtype not in DTYPES:
+            raise UsageError(f"model: {name} is {tensor.dtype}, which checkpoints can't hold")
     return model
 
 

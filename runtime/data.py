@@ -6,24 +6,31 @@ an augmentation does not depend on world size, loader processes or interruptions
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
+import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from functools import lru_cache
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime.order import Ints, mix, num_micro_batches, rank_slice, sample_indices
+from dtrain.runtime.report import find_place
 from dtrain.strategies.protocol import MicroBatch
 
 Count = Callable[[Any], float]
 _POLL_S = 0.1
+_GRACE_S = 1.0  # for a loader process to end by itself and take its temporary files along
 _BLOCK_STEPS = 64
 
 
@@ -35,7 +42,7 @@ def seed_everything(*words: int) -> None:
         np.random.seed(key & 0xFFFFFFFF)
     # Not torch.manual_seed: it looks at every kind of device each time, 0.2 ms, and this runs once a sample.
     torch.default_generator.manual_seed(key & (2**63 - 1))
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(key & (2**63 - 1))
 
 
@@ -51,17 +58,103 @@ def check_dataset(dataset: object, key: str) -> int:
     return length
 
 
+class DataError(Exception):
+    """What the user's data set or collate raised, with the samples it was about. `where`: file:line of the user's code;
+    `trace`: the traceback's text where it was raised in a loader process, which can't send the traceback itself.
+
+    No subclass of the errors that a lost peer causes: a data set that loses a connection is no victim.
+    """
+
+    def __init__(self, message: str, where: str, trace: str = "") -> None:
+        super().__init__(message, where, trace)  # the arguments are what pickling keeps
+        self.message = message
+        self.where = where
+        self.trace = trace
+
+    def __str__(self) -> str:
+        return self.message + (f"\n\nIn the loader process:\n{self.trace}" if self.trace else "")
+
+
+def _explain(what: str, error: Exception) -> DataError:
+    """Raises here, where the traceback is real; a loader process returns it for the worker to raise."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    problem = DataError(f"{what}: {text}", find_place(error.__traceback__))
+    if get_worker_info() is None:
+        raise problem from error
+    problem.trace = "".join(traceback.format_exception(error)).rstrip()
+    return DataError(problem.message, problem.where, problem.trace)
+
+
 class _Positioned(Dataset[Any]):
     """The data set addressed by (position in the stream, index), with its random numbers keyed by the position."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, key: str) -> None:
         self._dataset = dataset
         self._seed = seed
+        self._key = key
 
     def __getitem__(self, where: tuple[int, int]) -> Any:
         position, index = where
         seed_everything(self._seed, 0x5A3F, position)
-        return self._dataset[index]
+        try:
+            return self._dataset[index]
+        except Exception as error:
+            return _explain(f"sample {index} of {self._key}", error)
+
+
+class _Collate:
+    def __init__(self, collate: Callable[[list[Any]], Any] | None) -> None:
+        self._collate = collate or default_collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        for sample in samples:
+            if isinstance(sample, DataError):
+                return sample
+        try:
+            return self._collate(samples)
+        except Exception as error:
+            return _explain(f"collate of {len(samples)} samples", error)
+
+
+def _prepare_loader(_: int) -> None:
+    """Who stops a job may signal all its processes. A stop is the worker's affair, which ends its loaders itself."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+Pairs = list[tuple[int, int]]
+
+
+class Plan(Protocol):
+    def micro_batches(self, step: int) -> list[tuple[Pairs, int]]:
+        """[(positions with their indices, how many of them count)]. A micro-batch without samples borrows one."""
+
+
+def _chunks(pairs: Pairs, size: int, parts: int) -> list[tuple[Pairs, int]]:
+    """`pairs` cut evenly; there is one more pair than `size` where size is 0, to borrow."""
+    chunks = [pairs[part * size // parts : (part + 1) * size // parts] for part in range(parts)]
+    return [(chunk or pairs[:1], len(chunk)) for chunk in chunks]
+
+
+class PassPlan:
+    """One pass over a data set in its own order: step k is batch k, the last one may be smaller."""
+
+    def __init__(
+        self, num_samples: int, *, batch_size: int, rank: int, world_size: int, micro_batch: int | None
+    ) -> None:
+        self._num_samples = num_samples
+        self._batch_size = batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self._micro_batch = micro_batch
+        self.num_steps = -(-num_samples // batch_size)
+
+    def micro_batches(self, step: int) -> list[tuple[Pairs, int]]:
+        first = (step - 1) * self._batch_size
+        size = min(self._batch_size, self._num_samples - first)
+        mine = rank_slice(size, self._rank, self._world_size)
+        pairs = [(first + at, first + at) for at in (mine or range(mine.start, mine.start + 1))]
+        return _chunks(pairs, len(mine), num_micro_batches(size, self._world_size, self._micro_batch))
 
 
 class BatchPlan:
@@ -94,17 +187,12 @@ class BatchPlan:
         """Positions of the stream used up when `step` is done: what the checkpoint of that step holds."""
         return self._start_position + (step - self._start_step) * self._batch_size
 
-    def micro_batches(self, step: int) -> list[tuple[list[tuple[int, int]], int]]:
+    def micro_batches(self, step: int) -> list[tuple[Pairs, int]]:
         """[(positions with their indices, how many of them count)]. A micro-batch without samples borrows one."""
         block, row = divmod(step, _BLOCK_STEPS)
         positions, indices = self._block(block)
         pairs = list(zip(positions[row].tolist(), indices[row].tolist(), strict=True))
-        size, parts = len(self._mine), self.num_micro_batches
-        result = []
-        for part in range(parts):
-            chunk = pairs[part * size // parts : (part + 1) * size // parts]
-            result.append((chunk or pairs[:1], len(chunk)))
-        return result
+        return _chunks(pairs, len(self._mine), self.num_micro_batches)
 
     def _compute_block(self, block: int) -> tuple[Ints, Ints]:
         """Positions and indices of this rank for some steps at once, (step, sample): a call costs more than a row."""
@@ -118,12 +206,13 @@ class BatchPlan:
 
 class Batches:
     """This rank's micro-batches, step after step. `next(step)` polls `interrupted` while it waits for loader
-    processes and then returns None: the rank takes part in the stop although it has no data."""
+    processes and then returns None: the rank takes part in the stop although it has no data. A context manager: leaving
+    it ends the loader processes."""
 
     def __init__(
         self,
         dataset: Any,
-        plan: BatchPlan,
+        plan: Plan,
         *,
         seed: int,
         start_step: int,
@@ -132,40 +221,79 @@ class Batches:
         count: Count,
         workers: int,
         device: torch.device,
+        key: str = "data.train",
     ) -> None:
+        """`key`: what the data set is called in messages."""
         self._plan = plan
         self._steps = range(start_step + 1, steps + 1)
         self._count = count
         self._device = device
         loader: DataLoader[Any] = DataLoader(
-            _Positioned(dataset, seed),
+            _Positioned(dataset, seed, key),
             batch_sampler=cast(Any, self._sampler()),
             num_workers=workers,
-            collate_fn=collate or default_collate,
+            collate_fn=_Collate(collate),
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(0),
             persistent_workers=False,
+            worker_init_fn=_prepare_loader,
         )
         self._loaded: Iterator[Any] = iter(loader)
         self._queue: queue.Queue[Any] | None = None
+        self._closed = False
         if workers:
             # A thread waits for the loader processes, so that this one can see a stop request. Without loader
             # processes samples are read right here: the data set's random numbers are this process's.
             self._queue = queue.Queue(maxsize=1)
-            threading.Thread(target=self._pump, name="dtrain-loader", daemon=True).start()
+            self._thread = threading.Thread(target=self._pump, args=(self._queue,), name="dtrain-loader", daemon=True)
+            self._thread.start()
 
-    def _sampler(self) -> Iterator[list[tuple[int, int]]]:
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the loader processes, which may be in the middle of a sample. Twice does no harm."""
+        if self._queue is None or self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            self._queue.get_nowait()  # the thread may wait for room
+        # Torch offers no way to end an iterator that another thread is in, and its own way waits for samples in work.
+        loaded = cast(Any, self._loaded)
+        loaded._workers_done_event.set()
+        self._thread.join(timeout=_POLL_S)
+        if loaded._worker_pids_set:  # from here on their deaths are no failure
+            loaded._worker_pids_set = False
+            with contextlib.suppress(ValueError):
+                torch._C._remove_worker_pids(id(loaded))
+        for requests in loaded._index_queues:
+            with contextlib.suppress(ValueError, OSError):  # closed: it has ended by itself
+                requests.put(None)  # torch's word for the end; who is not in a sample hears it at once
+        deadline = time.monotonic() + _GRACE_S
+        for loader in loaded._workers:
+            loader.join(max(0.0, deadline - time.monotonic()))
+            loader.kill()
+            loader.join()
+
+    def _sampler(self) -> Iterator[Pairs]:
         for step in self._steps:
             for pairs, _ in self._plan.micro_batches(step):
                 yield pairs
 
-    def _pump(self) -> None:
-        assert self._queue is not None
+    def _pump(self, ready: queue.Queue[Any]) -> None:
         try:
             for batch in self._loaded:
-                self._queue.put(batch)
+                ready.put(batch)
+                if self._closed:
+                    return
         except BaseException as error:
-            self._queue.put(error)
+            if not self._closed:
+                ready.put(error)
 
     def next(self, step: int, interrupted: Callable[[], bool]) -> list[MicroBatch] | None:
         """Raises what the data set raised."""
@@ -195,11 +323,13 @@ class Batches:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors anywhere in dicts, lists and tuples, moved without waiting."""
+    """Tensors anywhere in dicts, lists and tuples, moved without waiting; other objects by their own `to`."""
     if device.type == "cpu":
         return batch
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
+    if not isinstance(batch, type) and callable(move := getattr(batch, "to", None)):
+        return move(device)  # packed sequences, graphs, tokenizers' batches: they know how
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -3,70 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dtrain.runtime.data import Batches, BatchPlan, Count, check_dataset
-from dtrain.runtime.ranks import Ranks
-from dtrain.runtime.task import Loss, forward
 from torch import nn
 
+from dtrain.cluster.errors import UsageError
+from dtrain.runtime.data import Batches, Count, PassPlan, check_dataset
+from dtrain.runtime.ranks import Ranks
+from dtrain.runtime.task import Loss, forward
 
-def evaluate(
-    model: nn.Module,
-    dataset: Any,
-    ranks: Ranks,
-    *,
-    batch_size: int,
-    micro_batch: int | None,
-    collate: Callable[[list[Any]], Any] | None,
-    count: Count,
-    loss: Loss,
-    autocast: Callable[[], Any],
-    stop_requested: Callable[[], bool],
-) -> dict[str, float] | None:
-    """Every sample once, in order. None when a stop was requested on the way: all ranks leave at the same batch.
-    Collective."""
-    remaining = check_dataset(dataset, "data.eval")
-    total, counted = 0.0, 0.0
-    model.eval()
-    try:
-        first = 0
-        while first < remaining:
-            size = min(batch_size, remaining - first)
-            plan = BatchPlan(
-                remaining,
-                batch_size=size,
-                seed=0,
-                shuffle=False,
-                rank=ranks.global_rank,
-                world_size=ranks.world_size,
-                micro_batch=micro_batch,
-                start_position=first,
-            )
-            batches = Batches(
-                dataset,
-                plan,
-                seed=0,
-                start_step=0,
-                steps=1,
-                collate=collate,
-                count=count,
-                workers=0,
-                device=ranks.device,
-            )
-            micro_batches = batches.next(1, lambda: False)
-            assert micro_batches is not None
-            with torch.no_grad(), autocast():
-                for micro in micro_batches:
-                    part, number = loss(forward(model, micro.batch), micro.batch, micro.count)
-                    if micro.weight:
-                        total, counted = total + float(part), counted + number
-            first += size
-            (stop,) = ranks.all_reduce([float(stop_requested())])
-            if stop:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an evaluation needs besides the model; the same at every step."""
+
+    dataset: Any
+    ranks: Ranks
+    seed: int
+    batch_size: int
+    micro_batch: int | None
+    workers: int
+    collate: Callable[[list[Any]], Any] | None
+    count: Count
+    loss: Loss
+    autocast: Callable[[], Any]
+    stop_requested: Callable[[], bool]
+
+    def __call__(self, model: nn.Module) -> dict[str, float] | None:
+        """Every sample once, in order. None when a stop was requested on the way: all ranks leave at the same batch.
+        Collective; every rank does the same number of forwards."""
+        plan = PassPlan(
+            check_dataset(self.dataset, "data.eval"),
+            batch_size=self.batch_size,
+            rank=self.ranks.global_rank,
+            world_size=self.ranks.world_size,
+            micro_batch=self.micro_batch,
+        )
+        batches = Batches(
+            self.dataset,
+            plan,
+            seed=self.seed,
+            start_step=0,
+            steps=plan.num_steps,
+            collate=self.collate,
+            count=self.count,
+            workers=self.workers,
+            device=self.ranks.device,
+            key="data.eval",
+        )
+        model.eval()
+        try:
+            with batches:
+                return self._mean(model, batches, plan.num_steps)
+        finally:
+            model.train()
+
+    def _mean(self, model: nn.Module, batches: Batches, num_steps: int) -> dict[str, float] | None:
+        total, counted = 0.0, 0.0
+        for step in range(1, num_steps + 1):
+            micro_batches = batches.next(step, self.stop_requested)
+            # Asked before the forwards: a rank that waits for data in vain must not leave the others alone in them.
+            (stop,) = self.ranks.all_reduce([float(micro_batches is None or self.stop_requested())])
+            if stop or micro_batches is None:
                 return None
-        total, counted = ranks.all_reduce([total, counted])
+            with torch.no_grad(), self.autocast():
+                for micro in micro_batches:
+                    part, number = self.loss(forward(model, micro.batch), micro.batch, micro.count)
+                    if micro.weight and number:
+                        total, counted = total + float(part), counted + number
+        total, counted = self.ranks.all_reduce([total, counted])
+        if not counted:
+            raise UsageError("data.eval: the counts add up to 0 over the whole data set: nothing to take a mean over")
         return {"loss": total / counted}
-    finally:
-        model.train()

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,15 +24,18 @@ class Board:
     """A key-value board of this attempt, over a connection of its own so that a background thread may wait on it."""
 
     def __init__(self, store: Store) -> None:
-        self._store: Any = store.clone()  # Any: the stubs of torch 2.13 know neither clone() nor bytes
+        # Any: the stubs of torch 2.13 know neither clone() nor bytes
+        self._store: Any = cast(Any, store).clone()
 
     def set(self, key: str, value: bytes) -> None:
         self._store.set(key, value)
 
     def wait(self, key: str, timeout_s: float) -> bytes:
-        """Raises dist.DistStoreError when the time is up."""
+        """Raises dist.DistStoreError when the time is up. The key is gone afterwards: a long run saves often."""
         self._store.wait([key], timedelta(seconds=timeout_s))
-        return bytes(self._store.get(key))
+        value = bytes(self._store.get(key))
+        self._store.delete_key(key)
+        return value
 
 
 class Ranks:

@@ -9,11 +9,12 @@ from typing import Any
 
 from dtrain.cluster.errors import CheckpointError, StorageError
 from dtrain.cluster.storage import Storage
-from dtrain.runtime.checkpoint.load import load_tensors
 from dtrain.runtime.checkpoint.manifest import Manifest
 from dtrain.runtime.checkpoint.read import read_manifest
 from dtrain.runtime.checkpoint.save import Checkpointer
+from dtrain.runtime.checkpoint.share import load_shared
 from dtrain.runtime.config import Interval
+from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.report import Reporter
 from dtrain.strategies.protocol import Wrapped
 from dtrain.strategies.state import canonical_state, load_canonical
@@ -38,6 +39,7 @@ class CheckpointSaves:
         report: Reporter,
         *,
         every: Interval | None,
+        rank: int,
         world_size: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -45,6 +47,7 @@ class CheckpointSaves:
         self._wrapped = wrapped
         self._report = report
         self._every = every or Interval()
+        self._rank = rank
         self._world_size = world_size
         self._clock = clock
         self._last = clock()
@@ -73,13 +76,16 @@ class CheckpointSaves:
             if last or self._failed:
                 raise
             self._failed = True
-            self._report.event("checkpoint_failed", message=str(error))
+            if self._rank == 0:  # it commits, so it knows of everybody's failures
+                self._report.event("checkpoint_failed", message=str(error))
         else:
             self._failed = False
 
 
-def restore(storage: Storage, step: int, attempt: int, wrapped: Wrapped, world_size: int) -> Restored:
-    """Fills model and optimizer from one committed checkpoint. Raises CheckpointError, CorruptCheckpoint."""
+def restore(storage: Storage, step: int, attempt: int, wrapped: Wrapped, ranks: Ranks) -> Restored:
+    """Fills model and optimizer from one committed checkpoint. Collective.
+
+    Raises CheckpointError; CorruptCheckpoint on every rank together."""
     manifest: Manifest = read_manifest(storage, step, attempt)
     saved = {name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items()}
     state: dict[str, Any] = manifest.state
@@ -88,8 +94,10 @@ def restore(storage: Storage, step: int, attempt: int, wrapped: Wrapped, world_s
         wrapped.optimizer,
         saved,
         state["optimizer"],
-        lambda requests: load_tensors(storage, manifest, requests),
-        world_size,
+        lambda specs, requests: load_shared(
+            storage, manifest, specs, requests, rank=ranks.global_rank, world_size=ranks.world_size
+        ),
+        ranks.world_size,
     )
     return Restored(
         step=step,

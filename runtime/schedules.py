@@ -10,6 +10,8 @@ import warnings
 from typing import Protocol
 
 import torch
+
+from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
 from dtrain.runtime.config import ScheduleConfig, Target
 
@@ -58,7 +60,7 @@ class ReplayedSchedule:
 
     def __init__(self, target: Target, optimizer: torch.optim.Optimizer, start_step: int) -> None:
         self._optimizer = optimizer
-        self._scheduler: torch.optim.lr_scheduler.LRScheduler = targets.build(target, optimizer)
+        self._scheduler = _build(target, optimizer)
         self._calls = 0
         self._advance(start_step)
 
@@ -72,6 +74,18 @@ class ReplayedSchedule:
     def set_rate(self, step: int) -> float:
         self._advance(step - 1)
         return float(self._optimizer.param_groups[0]["lr"])
+
+
+def _build(target: Target, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    scheduler = targets.build(target, optimizer)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise UsageError(
+            f"schedule: {target.target} follows a measured value, so the rate is no function of the step. "
+            "Take one that depends on the step alone"
+        )
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise UsageError(f"schedule: {target.target} returned {type(scheduler).__name__}, not an LRScheduler")
+    return scheduler
 
 
 def make_schedule(

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
 from dtrain.runtime.config import Target
-from torch import Tensor, nn
 
 Loss = Callable[[Any, Any, float], tuple[Tensor, float]]
 
@@ -23,24 +24,37 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def make_loss(target: Target | None) -> Loss:
+def make_loss(target: Target | None, device: torch.device) -> Loss:
     """(output, batch, count) -> (sum over the batch, what it is a sum over).
 
-    The user's callable returns a scalar mean over `count`, or (sum, count).
+    The user's callable returns a scalar mean over `count`, or (sum, count). Raises UsageError for one with parameters.
     """
     function = targets.as_callable(target) if target else None
+    if isinstance(function, nn.Module):
+        if any(parameter.requires_grad for parameter in function.parameters()):
+            raise UsageError(
+                f"loss: a {type(function).__name__} has parameters, but only the model's are trained. "
+                "Compute this loss in the model"
+            )
+        function.to(device)  # class weights and the like
 
     def loss(output: Any, batch: Any, count: float) -> tuple[Tensor, float]:
         value = function(output, batch) if function else _own_loss(output)
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and len(value) == 2:
             total, counted = value
-            return total, float(counted)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UsageError(f"loss: returned {found}. Return a scalar mean, or (sum, count)")
-        return value.reshape(()) * count, count
+            return _scalar(total), float(counted)
+        return _scalar(value) * count, count
 
     return loss
+
+
+def _scalar(value: Any) -> Tensor:
+    """Of shape (), and precise enough to be multiplied by a count. Raises UsageError."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"loss: returned {found}. Return a scalar mean, or (sum, count)")
+    scalar = value.reshape(())
+    return scalar.float() if scalar.dtype in (torch.bfloat16, torch.float16) else scalar
 
 
 def _own_loss(output: Any) -> Any:

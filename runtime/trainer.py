@@ -15,9 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
+
+from dtrain.runtime.buffers import SharedBuffers
 from dtrain.runtime.config import TrainConfig
 from dtrain.runtime.data import Batches, BatchPlan, count_tokens, seed_everything
-from dtrain.runtime.metrics import MetricsLog
+from dtrain.runtime.metrics import MetricsLog, clean
 from dtrain.runtime.progress import Phase, ProgressWriter
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.report import Reporter
@@ -25,7 +28,6 @@ from dtrain.runtime.schedules import Schedule
 from dtrain.runtime.task import Loss, forward
 from dtrain.strategies.protocol import MicroBatch, StepOptions, StepResult, Wrapped
 from dtrain.strategies.step import NonFinite, run_step
-from torch import nn
 
 
 class Outcome(Enum):
@@ -68,6 +70,10 @@ class Training:
 def train(job: Training) -> Outcome:
     """Runs the steps after `start_step`. Raises what the user's code raised, and NonFinite. Collective."""
     job.wrapped.module.train()
+    buffers = SharedBuffers(job.wrapped.module, job.ranks)
+    # A stop during an evaluation, or a failure, may have kept this one from its end: the save came before it.
+    if job.start_step and not _evaluated(job, job.start_step):
+        return _stop(job, job.start_step)
     for step in range(job.start_step + 1, job.config.steps + 1):
         began = time.perf_counter()
         job.progress.step(step)
@@ -79,11 +85,12 @@ def train(job: Training) -> Outcome:
         lr = job.schedule.set_rate(step)
         seed_everything(job.config.seed, 0x57E9, step, job.ranks.global_rank)
         result = _step(job, step, micro_batches, count, lr)
+        buffers.share()
         _record(job, step, micro_batches, result, lr, time.perf_counter() - began)
         if save_due or step == job.config.steps:  # before the evaluation: it may be long
             _save(job, step)
-        if job.evaluate and (step == job.config.steps or (job.config.eval_every and step % job.config.eval_every == 0)):
-            _evaluate(job, step)
+        if not _evaluated(job, step):
+            return _stop(job, step)
     job.progress.phase(Phase.FINISHING)
     job.saves.wait()
     return Outcome.DONE
@@ -110,15 +117,13 @@ def _step(job: Training, step: int, micro_batches: list[MicroBatch], count: floa
         on_phase=lambda name: job.progress.phase(Phase[name.upper()]),
     )
     try:
-        result = run_step(job.wrapped, micro_batches, options)
+        return run_step(job.wrapped, micro_batches, options)
     except NonFinite as error:
         if job.metrics:
             loss = error.value if error.what == "loss" else None
             norm = error.value if error.what == "gradient norm" else None
             job.metrics.write({"step": step, "attempt": job.attempt, "loss": loss, "lr": lr, "grad_norm": norm})
         raise
-    _share_batch_statistics(job.wrapped.module, job.ranks)
-    return result
 
 
 def _record(
@@ -150,13 +155,17 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _evaluate(job: Training, step: int) -> None:
-    assert job.evaluate
+def _evaluated(job: Training, step: int) -> bool:
+    """Evaluates where it is due after `step`. False: a stop was requested meanwhile."""
+    every = job.config.eval_every
+    if job.evaluate is None or not (step >= job.config.steps or (every and step % every == 0)):
+        return True
     job.progress.phase(Phase.EVALUATING)
     found = job.evaluate(job.wrapped.module)
     job.wrapped.sync.settle()
     if found is not None and job.ranks.global_rank == 0:
-        job.report.event("evaluated", step=step, metrics=found)
+        job.report.event("evaluated", step=step, metrics=clean(found))
+    return found is not None
 
 
 def _save(job: Training, step: int) -> None:
@@ -172,14 +181,3 @@ def _stop(job: Training, step: int) -> Outcome:
     job.progress.phase(Phase.FINISHING)
     job.saves.wait()
     return Outcome.STOPPED
-
-
-def _share_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Batch statistics are of each rank's own samples; all take rank 0's, as torch's DistributedDataParallel does, so
-    that the state that is saved is one state."""
-    if ranks.world_size == 1:
-        return
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for buffer in module.buffers(recurse=False):
-                torch.distributed.broadcast(buffer, 0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.rundir import RunDir
@@ -21,9 +22,17 @@ from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime import targets
 from dtrain.runtime.build import Chosen, build, has_batch_statistics
 from dtrain.runtime.checkpoint.save import Checkpointer, Committed
-from dtrain.runtime.config import RunConfig, parse_interval, read_run_config
-from dtrain.runtime.data import Batches, BatchPlan, check_dataset, count_samples, seed_everything
-from dtrain.runtime.evaluate import evaluate
+from dtrain.runtime.config import RunConfig, Target, parse_interval, read_run_config
+from dtrain.runtime.data import (
+    Batches,
+    BatchPlan,
+    Count,
+    DataError,
+    check_dataset,
+    count_samples,
+    seed_everything,
+)
+from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.progress import Phase, ProgressWriter
 from dtrain.runtime.ranks import Ranks, process_group
@@ -31,7 +40,7 @@ from dtrain.runtime.report import Reporter
 from dtrain.runtime.saving import CheckpointSaves, Restored, restore
 from dtrain.runtime.schedules import make_schedule
 from dtrain.runtime.stopflag import stop_flag
-from dtrain.runtime.task import autocast, make_loss
+from dtrain.runtime.task import Loss, autocast, make_loss
 from dtrain.runtime.trainer import Outcome, Training, train
 from dtrain.strategies.protocol import Wrapped
 from dtrain.strategies.step import NonFinite
@@ -87,10 +96,11 @@ def _run(env: WorkerEnv, stop: Callable[[], bool], progress: ProgressWriter, rep
 
 def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> Outcome:
     env, ranks = place.env, place.ranks
-    dataset = targets.build(config.data.train)
+    dataset = _dataset(config, config.data.train)
     num_samples = check_dataset(dataset, "data.train")
-    peak_schedule = make_schedule(config.schedule, wrapped.optimizer, config.train.steps, env.resume_step)
+    schedule = make_schedule(config.schedule, wrapped.optimizer, config.train.steps, env.resume_step)
     restored = _restore(place, wrapped)
+    start_step = restored.step if restored else 0
     plan = BatchPlan(
         num_samples,
         batch_size=config.data.batch_size,
@@ -99,66 +109,92 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
         rank=ranks.global_rank,
         world_size=ranks.world_size,
         micro_batch=config.train.micro_batch,
-        start_step=restored.step if restored else 0,
+        start_step=start_step,
         start_position=restored.position if restored else 0,
     )
     if ranks.global_rank == 0:
         lines = describe(config, chosen, plan, env, num_samples, wrapped)
         place.report.event("chosen", strategy=chosen.strategy, why=chosen.why, lines=lines)
-    start_step = restored.step if restored else 0
-    saves = _saves(config, place, wrapped, chosen)
-    metrics = MetricsLog(place.run.metrics, start_step) if ranks.global_rank == 0 else None
-    count = targets.as_callable(config.count) if config.count else count_samples
-    collate = targets.as_callable(config.data.collate) if config.data.collate else None
-    loss = make_loss(config.loss)
-    context = autocast(config.train.precision, ranks.device, cache=chosen.strategy != "fsdp")
+    parts = _parts(config, place, chosen)
     batches = Batches(
         dataset,
         plan,
         seed=config.train.seed,
         start_step=start_step,
         steps=config.train.steps,
-        collate=collate,
-        count=count,
+        collate=parts.collate,
+        count=parts.count,
         workers=config.data.workers,
         device=ranks.device,
     )
-    eval_set = targets.build(config.data.eval) if config.data.eval else None
-
-    def run_evaluation(model: torch.nn.Module) -> dict[str, float] | None:
-        return evaluate(
-            model,
-            eval_set,
-            ranks,
-            batch_size=config.data.batch_size,
-            micro_batch=config.train.micro_batch,
-            collate=collate,
-            count=count,
-            loss=loss,
-            autocast=context,
-            stop_requested=place.stop_requested,
+    with batches:
+        return train(
+            Training(
+                config=config.train,
+                wrapped=wrapped,
+                schedule=schedule,
+                plan=plan,
+                batches=batches,
+                loss=parts.loss,
+                autocast=parts.autocast,
+                ranks=ranks,
+                saves=_saves(config, place, wrapped, chosen),
+                evaluate=_evaluation(config, place, parts),
+                metrics=MetricsLog(place.run.metrics, start_step) if ranks.global_rank == 0 else None,
+                progress=place.progress,
+                report=place.report,
+                stop_requested=place.stop_requested,
+                attempt=env.attempt,
+                start_step=start_step,
+                batch_size=config.data.batch_size,
+            )
         )
 
-    job = Training(
-        config=config.train,
-        wrapped=wrapped,
-        schedule=peak_schedule,
-        plan=plan,
-        batches=batches,
-        loss=loss,
-        autocast=context,
-        ranks=ranks,
-        saves=saves,
-        evaluate=run_evaluation if eval_set is not None else None,
-        metrics=metrics,
-        progress=place.progress,
-        report=place.report,
-        stop_requested=place.stop_requested,
-        attempt=env.attempt,
-        start_step=start_step,
-        batch_size=config.data.batch_size,
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What training and evaluation share."""
+
+    loss: Loss
+    count: Count
+    collate: Callable[[list[Any]], Any] | None
+    autocast: Callable[[], Any]
+
+
+def _parts(config: RunConfig, place: Place, chosen: Chosen) -> _Parts:
+    device = place.ranks.device
+    return _Parts(
+        loss=make_loss(config.loss, device),
+        count=targets.as_callable(config.count) if config.count else count_samples,
+        collate=targets.as_callable(config.data.collate) if config.data.collate else None,
+        autocast=autocast(config.train.precision, device, cache=chosen.strategy != "fsdp"),
     )
-    return train(job)
+
+
+def _dataset(config: RunConfig, target: Target) -> Any:
+    """A data set may draw random numbers to build itself (a split): the same ones in every layout and attempt."""
+    seed_everything(config.train.seed, 0xDA7A)
+    return targets.build(target)
+
+
+def _evaluation(config: RunConfig, place: Place, parts: _Parts) -> Evaluation | None:
+    if config.data.eval is None:
+        return None
+    dataset = _dataset(config, config.data.eval)
+    check_dataset(dataset, "data.eval")  # now, not after hours
+    return Evaluation(
+        dataset=dataset,
+        ranks=place.ranks,
+        seed=config.train.seed,
+        batch_size=config.data.batch_size,
+        micro_batch=config.train.micro_batch,
+        workers=config.data.workers,
+        collate=parts.collate,
+        count=parts.count,
+        loss=parts.loss,
+        autocast=parts.autocast,
+        stop_requested=place.stop_requested,
+    )
 
 
 def _restore(place: Place, wrapped: Wrapped) -> Restored | None:
@@ -166,7 +202,7 @@ def _restore(place: Place, wrapped: Wrapped) -> Restored | None:
     if not env.resume_step:
         return None
     place.progress.phase(Phase.RESTORING)
-    restored = restore(place.storage, env.resume_step, env.resume_attempt, wrapped, env.world_size)
+    restored = restore(place.storage, env.resume_step, env.resume_attempt, wrapped, place.ranks)
     if env.global_rank == 0:
         place.report.event(
             "resumed",
@@ -195,7 +231,9 @@ def _saves(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
         keep=config.checkpoint.keep,
     )
     every = parse_interval(config.checkpoint.every) if config.checkpoint.every is not None else None
-    return CheckpointSaves(checkpointer, wrapped, place.report, every=every, world_size=env.world_size)
+    return CheckpointSaves(
+        checkpointer, wrapped, place.report, every=every, rank=env.global_rank, world_size=env.world_size
+    )
 
 
 def _finish(config: RunConfig, place: Place, wrapped: Wrapped) -> None:
@@ -235,6 +273,8 @@ def _report_failure(error: BaseException, report: Reporter) -> int:
     traceback.print_exception(error)
     if isinstance(error, NonFinite):
         report.failure(error, kind="nonfinite", victim=not error.here)
+    elif isinstance(error, DataError):
+        report.failure(error, where=error.where)
     elif isinstance(error, UsageError):
         report.failure(error, kind="config")
         return exits.NEVER_RETRY

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+
+from dtrain.cluster.errors import UsageError
 from dtrain.runtime.config import ScheduleConfig, Target
 from dtrain.runtime.schedules import factor, make_schedule
 
@@ -26,7 +30,8 @@ def test_shapes() -> None:
 
 def make_optimizer() -> torch.optim.Optimizer:
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    return torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.01}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.01}]
+    return torch.optim.SGD(groups, lr=0.1)
 
 
 def test_every_group_keeps_its_own_peak() -> None:
@@ -46,3 +51,10 @@ def test_a_users_scheduler_resumes_exactly(name: str, arguments: dict[str, objec
     resumed = make_schedule(target, make_optimizer(), 10, 6)
     assert [resumed.set_rate(step) for step in range(7, 11)] == straight[6:]
     assert len(set(straight)) > 2
+
+
+@pytest.mark.parametrize("name", ["torch.optim.lr_scheduler.ReduceLROnPlateau", "builtins.list"])
+def test_what_is_no_function_of_the_step_is_refused(name: str) -> None:
+    optimizer: Any = make_optimizer() if name != "builtins.list" else ()
+    with pytest.raises(UsageError, match="schedule"):
+        make_schedule(Target(target=name, kwargs={}), optimizer, 10, 0)

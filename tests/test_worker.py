@@ -42,18 +42,17 @@ def run() -> Iterator[Run]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
-        assert process.stdin
-        assert process.stdout
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
 
         def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
-            print(
-                json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=process.stdin, flush=True
-            )
-            codes: list[int] = json.loads(process.stdout.readline())
+            print(json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=requests, flush=True)
+            codes: list[int] = json.loads(answers.readline())
             return codes
 
         yield run_case
-        process.stdin.close()
+        requests.close()
         process.wait(30)
 
 
@@ -247,3 +246,94 @@ def test_what_only_the_node_can_see_is_said_and_not_tried_again(
     report = next(failure(folder, rank) for rank in (0, 1) if (folder / f"report-{rank}.jsonl").stat().st_size)
     assert report["retry"] is False
     assert all(word in report["message"] for word in words)
+
+
+FAULTS = {
+    "new": ["data.train={_target_: faulty.Data, at: new}"],
+    "item": ["data.train={_target_: faulty.Data, at: item}", "train.steps=25"],
+    "item, in a loader process": ["data.train={_target_: faulty.Data, at: item}", "train.steps=25", "data.workers=1"],
+    "collate": ["data.collate=faulty.collate"],
+    "collate, in a loader process": ["data.collate=faulty.collate", "data.workers=1"],
+    "loss": ["loss=faulty.loss"],
+    "model": ["model={_target_: faulty.Unbuilt}"],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_in_the_users_code_names_its_line(run: Run, tmp_path: Path, fault: str) -> None:
+    folder = prepare(tmp_path / "run", *FAULTS[fault])
+    assert run(folder, 1) == [1]
+    found = failure(folder)
+    marker = f"# {fault.partition(',')[0]}"
+    lines = (ASSETS / "faulty.py").read_text().splitlines()
+    (number,) = (n for n, line in enumerate(lines, start=1) if line.endswith(marker))
+    assert found["where"].endswith(f"faulty.py:{number}")
+    assert not found["victim"]
+    assert lines[number - 1].strip() in "\n".join(found["evidence"])
+    if marker == "# item":
+        assert "sample 5 of data.train" in found["message"]
+
+
+def test_micro_batches_without_anything_to_count_change_nothing(run: Run, tmp_path: Path) -> None:
+    """The mean over their targets, of which there are none, is NaN, forward and backward."""
+    base = {
+        **BASE,
+        "loss": "faulty.nan_for_nothing",
+        "count": "parity.count_targets",
+        "data": {"train": {"_target_": "faulty.FewTargets"}, "batch_size": 13},
+        "train": {"steps": 6},
+    }
+    one = prepare(tmp_path / "one", base=base)
+    three = prepare(tmp_path / "three", "strategy=fsdp", "train.micro_batch=1", base=base)
+    assert run(one, 1) == [0]
+    assert run(three, 3) == [0] * 3
+    assert_same_curve(losses(three), losses(one))
+
+
+EVALUATED = {**BASE, "data": {**BASE["data"], "eval": {"_target_": "parity.Tokens", "samples": 40}}}
+
+
+def test_a_stop_during_an_evaluation_loses_neither_steps_nor_the_evaluation(run: Run, tmp_path: Path) -> None:
+    more = ["schedule.warmup=0", "train.steps=4", "train.eval_every=2", "on_end=faulty.say_end", "data.workers=1"]
+    folder = prepare(tmp_path / "run", *more, "data.eval.delay_s=0.2", base=EVALUATED)  # 8 s on one rank
+    assert run(folder, 1, stop_after=4) == [85]
+    assert [event["step"] for event in events(folder, "checkpoint_committed")] == [2]
+    assert not events(folder, "evaluated")
+    continued = prepare(
+        tmp_path / "continued", *more, "strategy=ddp", f"checkpoint.url={folder / 'checkpoints'}", base=EVALUATED
+    )
+    assert run(continued, 2, attempt=2, resume=[2, 1]) == [0, 0]
+    assert [event["step"] for event in events(continued, "evaluated")] == [2, 4]
+    again = prepare(tmp_path / "again", *more, f"checkpoint.url={folder / 'checkpoints'}", base=EVALUATED)
+    assert run(again, 1, attempt=3, resume=[4, 2]) == [0]
+    (evaluated,) = events(again, "evaluated")
+    assert evaluated["metrics"]["loss"] == pytest.approx(events(continued, "evaluated")[1]["metrics"]["loss"], rel=1e-6)
+    assert events(again, "result")[0]["text"].startswith("the end of")
+
+
+def test_fewer_steps_than_done_end_at_once(run: Run, tmp_path: Path) -> None:
+    folder = prepare(tmp_path / "run", "schedule.warmup=0", "train.steps=3")
+    assert run(folder, 1) == [0]
+    common = ["schedule.warmup=0", f"checkpoint.url={folder / 'checkpoints'}"]
+    fewer = prepare(tmp_path / "fewer", *common, "train.steps=2")
+    assert run(fewer, 1, attempt=2, resume=[3, 1]) == [0]
+    more = prepare(tmp_path / "more", *common, "train.steps=5")
+    assert run(more, 1, attempt=3, resume=[3, 1]) == [0]
+    assert [record["step"] for record in metrics(more)] == [4, 5]
+
+
+def test_a_save_that_fails_is_reported_and_the_run_goes_on(run: Run, tmp_path: Path) -> None:
+    folder = prepare(tmp_path / "run", "train.steps=8", "checkpoint.every=2", "checkpoint.keep=null")
+    assert run(folder, 2, full_at=[4]) == [0, 0]
+    (failed,) = events(folder, "checkpoint_failed")
+    assert "step-00000004" in failed["message"]
+    assert "no space left" in failed["message"]
+    assert [event["step"] for event in events(folder, "checkpoint_committed")] == [2, 6, 8]
+    assert len(losses(folder)) == 8
+
+
+@pytest.mark.parametrize("full_at", [[4, 6], [8]], ids=["two in a row", "the last one"])
+def test_a_run_does_not_end_as_if_its_state_were_safe(run: Run, tmp_path: Path, full_at: list[int]) -> None:
+    folder = prepare(tmp_path / "run", "train.steps=8", "checkpoint.every=2")
+    assert run(folder, 1, full_at=full_at) == [1]
+    assert "no space left" in failure(folder)["message"]

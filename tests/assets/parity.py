@@ -28,11 +28,14 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(batch, seq, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(batch, seq, width)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        y: Tensor = x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        return y
 
 
 class Transformer(nn.Module):
     """Tied embedding and head; 2.2 MB of parameters with the defaults."""
+
+    calls: Tensor
 
     def __init__(
         self, vocab: int = 1024, width: int = 128, layers: int = 2, heads: int = 4, seq: int = 16, dropout: float = 0.0

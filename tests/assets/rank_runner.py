@@ -1,7 +1,7 @@
 """Runs real workers without agents: imports torch once, then forks the ranks of one case after another.
 
 Reads cases on stdin, one JSON object a line: {"run_dir", "world_size", "attempt", "resume": [step, attempt] | null,
-"stop_after": seconds}.
+"stop_after": seconds, "full_at": [steps at which rank 0's disk is full]}.
 The run directory holds config.yaml. Prints a JSON list of exit codes for each.
 """
 
@@ -20,12 +20,27 @@ import torch
 import torch._dynamo
 import torch.distributed
 
+from dtrain.cluster.errors import StorageError
+from dtrain.cluster.filestore import FileStorage, FileWriter
 from dtrain.cluster.workerenv import WorkerEnv
-from dtrain.runtime.worker import main as worker_main
+from dtrain.runtime import worker
 
 
 def open_append(path: str) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+class FullStorage(FileStorage):
+    """A store whose disk is full while some steps are saved."""
+
+    def __init__(self, url: str, steps: list[int]) -> None:
+        super().__init__(url)
+        self._full = tuple(f"step-{step:08d}-" for step in steps)
+
+    def open_writer(self, key: str, size_bytes: int) -> FileWriter:
+        if key.startswith(self._full):
+            raise StorageError(f"{key}: no space left on device")
+        return super().open_writer(key, size_bytes)
 
 
 def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
@@ -36,6 +51,8 @@ def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
     try:
         os.dup2(2, 1)  # stdout is for the results
         resume = case.get("resume") or [0, 0]
+        if rank == 0 and case.get("full_at"):
+            vars(worker)["open_storage"] = lambda url: FullStorage(url, case["full_at"])
         env = WorkerEnv(
             run_dir=case["run_dir"],
             name="case",
@@ -55,7 +72,7 @@ def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
             store_fd=listener.fileno() if rank == 0 else -1,
             report_fd=open_append(os.path.join(case["run_dir"], f"report-{rank}.jsonl")),
         )
-        code = worker_main(env)
+        code = worker.main(env)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,0 +1,121 @@
+"""Odd models give the numbers of one process, or are refused in words; any optimizer's state resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ASSETS = Path(__file__).parent / "assets"
+LAYOUTS = [("ddp", 2, 1), ("ddp", 3, 3), ("fsdp", 2, 1), ("fsdp", 3, 3)]  # strategy, ranks, micro-batches
+Ask = Callable[..., list[Any]]
+
+pytestmark = [pytest.mark.e2e]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """ask(name, world_size, ...): what odd_models.<name> returns on each rank."""
+    with subprocess.Popen(
+        [sys.executable, ASSETS / "rank_functions.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
+
+        def ask_ranks(name: str, world_size: int, **kwargs: Any) -> list[Any]:
+            request = {"call": f"odd_models.{name}", "world_size": world_size, "kwargs": kwargs}
+            print(json.dumps(request), file=requests, flush=True)
+            found: list[Any] = json.loads(answers.readline())
+            return found
+
+        yield ask_ranks
+        requests.close()
+        process.wait(30)
+
+
+def flat(value: Any) -> list[float]:
+    return [number for part in value for number in flat(part)] if isinstance(value, list) else [value]
+
+
+MODELS = ["Branches", "tied_across", "reused", "frozen", "two_dtypes", "sequential", "Scalar", "ChannelsLast"]
+REFUSED = {("Scalar", "fsdp"): ["scale", "(1,)"], ("ChannelsLast", "fsdp"): ["conv.weight", "strides"]}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_odd_models_learn_what_one_process_learns(ask: Ask, model: str) -> None:
+    """With momentum and weight decay: a gradient of zeros and no gradient at all are not the same."""
+    (one,) = ask("learn", 1, model=model, strategy="single")
+    for strategy, world_size, parts in LAYOUTS:
+        for found in ask("learn", world_size, model=model, strategy=strategy, parts=parts):
+            if (model, strategy) in REFUSED:
+                assert found["error"] == "UsageError"
+                assert all(word in found["message"] for word in REFUSED[model, strategy])
+                continue
+            assert found["losses"] == pytest.approx(one["losses"], rel=1e-5), (strategy, world_size)
+            assert found["norms"] == pytest.approx(one["norms"], rel=1e-5), (strategy, world_size)
+            assert list(found["parameters"]) == list(one["parameters"])
+            for name, values in one["parameters"].items():
+                assert flat(found["parameters"][name]) == pytest.approx(flat(values), abs=1e-6), (strategy, name)
+
+
+@pytest.mark.parametrize("model", ["Codebook", "normed"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_buffers_that_change_are_one_on_all_ranks(ask: Ask, model: str, strategy: str) -> None:
+    first, *others = ask("learn", 3, model=model, strategy=strategy, parts=1)
+    assert first["buffers"]
+    assert all(other["buffers"] == first["buffers"] for other in others)
+
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"name": "SGD"},
+    {"name": "SGD", "momentum": 0.9, "nesterov": True},
+    {"name": "Adam", "foreach": True},
+    {"name": "AdamW", "fused": True},
+    {"name": "AdamW", "amsgrad": True, "foreach": False},
+    {"name": "NAdam"},
+    {"name": "RAdam"},
+    {"name": "Adagrad"},
+    {"name": "RMSprop", "momentum": 0.9, "centered": True},
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
+def test_every_optimizers_state_resumes_to_the_same_bits(ask: Ask, tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    for strategy in ("ddp", "fsdp"):
+        folder = str(tmp_path / strategy)
+        common = {"model": "frozen", "strategy": strategy, "folder": folder, "optimizer": optimizer}
+        whole = ask("resume", 2, save=True, **common)
+        assert whole[0][0][0] > 0
+        assert ask("resume", 2, save=False, **common) == whole, strategy
+
+
+def test_state_of_another_dtype_than_its_parameter_resumes(ask: Ask, tmp_path: Path) -> None:
+    """NAdam keeps a product in float32 for parameters of any dtype; torch would load it in the parameter's."""
+    common = {"model": "two_dtypes", "strategy": "ddp", "folder": str(tmp_path), "optimizer": {"name": "NAdam"}}
+    whole = ask("resume", 2, save=True, **common)
+    assert ask("resume", 2, save=False, **common) == whole
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_all_ranks_hold_leaves_the_store_once(ask: Ask, tmp_path: Path, strategy: str) -> None:
+    found = ask("restore_big", 3, folder=str(tmp_path), strategy=strategy)
+    assert [rank["same"] for rank in found] == [True] * 3
+    read = sum(rank["bytes"] for rank in found)
+    assert read < 1.5 * found[0]["stored"]  # a checksum block that two pieces share is read twice
+
+
+def test_damage_that_one_rank_reads_is_known_to_all(ask: Ask, tmp_path: Path) -> None:
+    found = ask("restore_big", 3, folder=str(tmp_path), strategy="ddp", damage=True)
+    assert [rank["error"] for rank in found] == ["CorruptCheckpoint"] * 3
+    assert len({rank["message"] for rank in found}) == 1
