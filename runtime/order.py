@@ -33,24 +33,23 @@ def sample_indices(positions: Ints, num_samples: int, seed: int, *, shuffle: boo
     epochs, offsets = np.divmod(positions, num_samples)
     if not shuffle:
         return offsets
-    result = np.empty_like(offsets)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        result[chosen] = _permute(offsets[chosen], num_samples, mix(seed, int(epoch)))
-    return result
+    present, which = np.unique(epochs, return_inverse=True)
+    epoch_keys = [mix(seed, int(epoch)) for epoch in present]
+    round_keys = np.array([[mix(key, number) for key in epoch_keys] for number in range(_ROUNDS)], dtype=np.uint64)
+    keys = round_keys[:, which.reshape(-1)]  # (round, position)
+    return _permute(offsets.reshape(-1), num_samples, keys).reshape(offsets.shape)
 
 
-def _permute(offsets: Ints, num_samples: int, key: int) -> Ints:
-    """A permutation of range(num_samples), at `offsets`."""
+def _permute(offsets: Ints, num_samples: int, keys: NDArray[np.uint64]) -> Ints:
+    """The image of each offset under the permutation of range(num_samples) that its keys stand for."""
     half_bits = np.uint64(max(1, ((num_samples - 1).bit_length() + 1) // 2))
-    round_keys = [np.uint64(mix(key, number)) for number in range(_ROUNDS)]
-    values = _feistel(offsets.astype(np.uint64), half_bits, round_keys)
+    values = _feistel(offsets.astype(np.uint64), half_bits, keys)
     while (outside := values >= num_samples).any():  # walk the cycle until back in range: at most 4 rounds on average
-        values[outside] = _feistel(values[outside], half_bits, round_keys)
+        values[outside] = _feistel(values[outside], half_bits, keys[:, outside])
     return values.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], half_bits: np.uint64, keys: list[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(values: NDArray[np.uint64], half_bits: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
     with np.errstate(over="ignore"):
