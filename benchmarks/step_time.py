@@ -98,7 +98,7 @@ def dtrain_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
             workers=0,
             device=ranks.device,
         ),
-        loss=make_loss(CONFIG.loss),
+        loss=make_loss(CONFIG.loss, ranks.device),
         autocast=autocast("fp32", ranks.device, cache=True),
         ranks=ranks,
         saves=NoSaves(),
@@ -144,7 +144,7 @@ def hand_written_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
             batch = next(batches)
             optimizer.zero_grad()
             loss = gpt.loss(model(batch[0]), (batch[0], batch[1]))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             mean = loss.detach()
