@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from dtrain.strategies.ddp import BucketedAllReduce
 
 ASSETS = Path(__file__).parent / "assets"
 LAYOUTS = [("ddp", 2, 1), ("ddp", 3, 3), ("fsdp", 2, 1), ("fsdp", 3, 3)]  # strategy, ranks, micro-batches
@@ -119,3 +122,10 @@ def test_damage_that_one_rank_reads_is_known_to_all(ask: Ask, tmp_path: Path) ->
     found = ask("restore_big", 3, folder=str(tmp_path), strategy="ddp", damage=True)
     assert [rank["error"] for rank in found] == ["CorruptCheckpoint"] * 3
     assert len({rank["message"] for rank in found}) == 1
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
+    """Fused optimizers walk both as flat memory."""
+    convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    BucketedAllReduce(list(convolution.parameters())).zero()
+    assert convolution.weight.grad.stride() == convolution.weight.stride() != (27, 9, 3, 1)
