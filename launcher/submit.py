@@ -13,7 +13,7 @@ from pathlib import Path
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.rundir import RunDir, append_event, write_atomic, write_once
+from dtrain.cluster.rundir import RunDir, append_event, read_jsonl, write_atomic, write_once
 from dtrain.cluster.zygote import Zygote
 from dtrain.launcher import labels
 from dtrain.launcher.compose import LaunchConfig, diff_identity, dump_resolved
@@ -23,6 +23,7 @@ from dtrain.launcher.runs import Job, describe_checkpoint, newest_checkpoint, re
 from dtrain.launcher.state import read_status
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo
 
+ALIVE = frozenset({"pending", "running", "stopping", "requeued", "unknown"})  # refused for that
 OURS = frozenset({"control", "checkpoints", "logs", "code"})  # folders that a run directory may have without a job
 
 
@@ -50,12 +51,24 @@ def settle(config: LaunchConfig, plan: JobPlan, *, fresh: bool, continue_changed
             "continue. Put ${run_dir} or ${name} into checkpoint.url, or give another."
         )
     existing = _existing(config, run)
+    if existing is not None and existing.state not in ALIVE and checkpoint is None:
+        _refuse_lost_checkpoints(run, plan.checkpoint_url)
     step = None if checkpoint is None else checkpoint.step
     steps = config.run.train.steps
     return Settled(
         decision=decide(existing, steps_asked=steps, checkpoint_step=step, continue_changed=continue_changed),
         checkpoint=checkpoint,
     )
+
+
+def _refuse_lost_checkpoints(run: RunDir, url: str) -> None:
+    """A run that has committed a step must not begin anew because a disk is not mounted or somebody tidied up."""
+    steps = [int(event.get("step", 0)) for event in read_jsonl(run.events) if event["type"] == "checkpoint_committed"]
+    if steps:
+        raise UsageError(
+            f"checkpoint.url: this run has committed step {max(steps)}, but {url} holds no checkpoint. Is it the right "
+            f"disk, and is it mounted? To train from the beginning: --fresh, or remove {run.path}"
+        )
 
 
 def refuse_foreign(run: RunDir) -> None:

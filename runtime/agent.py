@@ -346,9 +346,10 @@ def _load_job(options: Options) -> Job:
         raise DtrainError(f"{run.job} describes job {plan.job_id}; this node was started for {options.job_id}")
     backend = get_backend(plan.backend, options.agent_args)
 
-    def claim(skip: frozenset[tuple[int, int]]) -> Attempt:
+    def claim(skip: frozenset[tuple[int, int]], from_nothing: bool) -> Attempt:
         storage = open_storage(plan.checkpoint_url)
-        return claim_attempt(storage, host=socket.gethostname(), job_id=plan.job_id, skip=skip)
+        host = socket.gethostname()
+        return claim_attempt(storage, host=host, job_id=plan.job_id, skip=skip, from_nothing=from_nothing)
 
     token = read_token(run.control(plan.job_id))
     return Job(plan=plan, backend=backend, token=token, timings=options.timings, claim=claim)

@@ -83,5 +83,6 @@ class AttemptLog:
         number, code = int(message["signal"]), int(message["code"])
         self.codes[rank] = code or (128 + number if number else 0)
         reported = any(fact.global_rank == rank for fact in self.facts)
-        if self.codes[rank] not in (exits.DONE, exits.STOPPED) and not reported:
+        ended_well = code in (exits.DONE, exits.STOPPED) and message["left"] and not number
+        if not ended_well and not reported:
             self.facts.append(fact_of_exit(node, message, exits.NEVER_RETRY))

@@ -97,7 +97,9 @@ def run_worker(spec: WorkerSpec, fds: WorkerFds, parent: int) -> int:
     try:
         os.chdir(spec.cwd)
         sys.path[:0] = spec.sys_path
-        return _load(spec.entry)(env)
+        code = _load(spec.entry)(env)
+        Reporter(fds.report).left()
+        return code
     except SystemExit as stop:
         return _exit_code(stop)
     except BaseException as error:

@@ -38,7 +38,8 @@ _MAX_STARTS = 3  # of one node that never joins
 _POLL_S = 0.05
 _GONE_LOOKS = 3  # a file system may miss a file once
 
-Claim = Callable[[frozenset[tuple[int, int]]], Attempt]  # the checkpoints to pass over -> the next attempt
+# (the checkpoints to pass over, whether the beginning will do) -> the next attempt
+Claim = Callable[[frozenset[tuple[int, int]], bool], Attempt]
 
 
 class Deposed(Exception):
@@ -162,7 +163,9 @@ class Coordinator:
         job is to stop and the checkpoint store has not answered: a number taken after that is of no consequence."""
         self._check_term()
         skip = frozenset(self._memory.skip)
-        claiming = in_background(lambda: self._job.claim(skip))
+        # What was committed once must not be forgotten in silence: then a person has to look.
+        from_nothing = not skip and not self._memory.committed
+        claiming = in_background(lambda: self._job.claim(skip, from_nothing))
         while not (await asyncio.wait({claiming}, timeout=_POLL_S))[0]:
             while await self._next(0) is not None:
                 pass

@@ -101,7 +101,9 @@ def fact_of_report(node: int, global_rank: int, report: dict[str, Any]) -> Fact:
 def fact_of_exit(node: int, message: dict[str, Any], never_retry: int) -> Fact:
     """From the end of a worker that left no report; its last lines on stderr are the evidence."""
     number, code = int(message["signal"]), int(message["code"])
-    text = f"killed by {_signal_name(number)}" if number else f"ended with exit code {code} and no report"
+    text = f"ended with exit code {code}, without a word and before its program's end (os._exit, or a C library's exit)"
+    if number:
+        text = f"killed by {_signal_name(number)}"
     if number == signal.SIGKILL:
         text += ": by a person, or by the kernel when memory ran out"
     return Fact(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dtrain.cluster import exits
-from dtrain.cluster.errors import DtrainError, UsageError
+from dtrain.cluster.errors import CheckpointError, DtrainError, UsageError
 from dtrain.runtime.culprit import Fact
 
 State = Literal["done", "stopped", "cancelled", "failed"]
@@ -89,7 +89,7 @@ def given_up(memory: Memory, error: Exception) -> Decision:
     """The end by what neither a node nor a worker did: a store or a disk that fails, or a mistake of ours."""
     known = isinstance(error, DtrainError | OSError)
     reason = str(error) if known else f"an error inside dtrain: {error!r}; see logs/agent-*.log"
-    code = exits.NEVER_RETRY if isinstance(error, UsageError) else exits.FAILED
+    code = exits.NEVER_RETRY if isinstance(error, UsageError | CheckpointError) else exits.FAILED
     return Decision(memory=memory, state="failed", exit_code=code, reason=reason)
 
 
@@ -130,8 +130,10 @@ def _damaged_checkpoint(culprit: Fact) -> tuple[int, int] | None:
 
 def _signature(culprit: Fact) -> str:
     """Equal for the same exception at the same place and step; empty for what is not the user's code's doing."""
-    if culprit.kind not in ("exception", "nonfinite") or culprit.victim:
+    if culprit.kind not in ("exception", "nonfinite", "exit") or culprit.victim:
         return ""
+    if culprit.kind == "nonfinite":  # any of the ranks may be the one that is named
+        return f"{culprit.step}|nonfinite"
     message = re.sub(r"0x[0-9a-fA-F]+", "0x", culprit.message)  # addresses differ between processes
     return f"{culprit.step}|{culprit.where}|{message}"
 

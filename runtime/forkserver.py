@@ -40,8 +40,8 @@ Child = Callable[[dict[str, Any], list[int], int], int]  # (message, descriptors
 
 
 class Server:
-    """Forks a child a message and tells how each ended. `keep_children`: they outlive it, and begin with SIGTERM and
-    SIGINT blocked, so that one sent before they can handle it waits."""
+    """Forks a child a message and tells how each ended. A child begins with SIGTERM and SIGINT blocked.
+    `keep_children`: they outlive it."""
 
     def __init__(self, channel: socket.socket, child: Child, *, keep_children: bool = False) -> None:
         self._channel = channel
@@ -89,7 +89,7 @@ class Server:
 
     def _fork(self, message: dict[str, Any], fds: list[int]) -> int:
         parent = os.getpid()
-        with stops_blocked() if self._keep_children else contextlib.nullcontext():
+        with stops_blocked():  # one that is sent before the child can handle it waits
             pid = os.fork()
             if pid == 0:
                 self._become(message, fds, parent)

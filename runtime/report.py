@@ -38,6 +38,10 @@ class Reporter:
         self._fd = fd
         self._lock = threading.Lock()
 
+    def left(self) -> None:
+        """The worker's program came to its end; without this word an exit code of 0 says nothing."""
+        self._send({"type": "left"})
+
     def ready(self) -> None:
         """From here on a SIGTERM is kept: the agent sends none before."""
         self._send({"type": "ready"})

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dtrain.cluster.errors import DtrainError
+from dtrain.cluster.procs import stops_blocked
 from dtrain.runtime.childproc import WorkerFds, WorkerSpec
 from dtrain.runtime.forkserver import MAX_MESSAGE_BYTES
 
@@ -48,14 +49,15 @@ class ExecStarter:
         inner = replace(fds, stdout=1, stderr=2)
         argv = [self._python, "-P", "-m", "dtrain.runtime.childproc", "--parent", str(os.getpid())]
         argv += ["--spec", json.dumps(spec.to_json()), "--fds", json.dumps(inner.to_list())]
-        process = subprocess.Popen(
-            argv,
-            env=self._environ,
-            stdin=subprocess.DEVNULL,
-            stdout=fds.stdout,
-            stderr=fds.stderr,
-            pass_fds=passed,
-        )
+        with stops_blocked():  # until it can keep one in mind; see runtime/childproc.py
+            process = subprocess.Popen(
+                argv,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=fds.stdout,
+                stderr=fds.stderr,
+                pass_fds=passed,
+            )
         process.returncode = 0  # reaped below; keeps Popen from doing it
         watch = os.pidfd_open(process.pid)
 

@@ -37,6 +37,7 @@ class WorkerProcess:
         self._ready = False  # whether it has said that it keeps a SIGTERM in mind
         self._stop_waits = False
         self._failure_reported = False
+        self._left = False  # whether it has said that its program came to its end
         self._partial = b""
         self._progress_fd = create_record(f"dtrain progress {env.global_rank}")
         self._progress = ProgressReader(self._progress_fd)
@@ -158,6 +159,8 @@ class WorkerProcess:
             self._ready = True
             if self._stop_waits:
                 self.signal(signal.SIGTERM)
+        elif report["type"] == "left":
+            self._left = True
         elif report["type"] == "event":
             event = dict(report["event"])
             self._notify({"op": "event", "global_rank": self.env.global_rank, "event": event})
@@ -187,6 +190,7 @@ class WorkerProcess:
                 "code": max(code, 0),
                 "signal": max(-code, 0),
                 "killed": self._killed,
+                "left": self._left,
                 "time": time.time(),
                 "evidence": list(self._stderr.tail),
                 "step": seen.step,

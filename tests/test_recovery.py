@@ -294,3 +294,38 @@ def test_the_culprit_is_shown_not_its_victims(start: Callable[..., Job]) -> None
     assert "faulty.py" in job.output
     assert "gloo" not in job.output  # what the victims saw
     assert job.attempt() == 2
+
+
+def test_a_worker_that_leaves_without_a_word_is_the_culprit(start: Callable[..., Job]) -> None:
+    """os._exit(0) in rank 1's fifth forward: an exit code of 0 does not make the run done."""
+    job = start("run")
+    assert job.finish(job.launch("cluster.nodes=2", "model={_target_: faulty.LeavesOnRank1}")) == 93
+    failure = read_json(job.run.failure)
+    assert failure is not None
+    assert (failure["global_rank"], failure["step"], failure["kind"]) == (1, 5, "exit")
+    assert job.status()["state"] == "failed"
+    assert job.attempt() == 2
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_or_gone_does_not_begin_anew(start: Callable[..., Job]) -> None:
+    job = start("run")
+    process = job.launch("cluster.nodes=2")
+    job.until_step(12)
+    process.send_signal(signal.SIGINT)
+    assert job.finish(process) == 85
+    checkpoints = job.run.path / "checkpoints"
+    for file in checkpoints.glob("step-*/rank-00000.safetensors"):
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+    before = sorted(checkpoints.glob("step-*"))
+    assert len(before) == 3
+    assert job.finish(job.launch("cluster.nodes=2")) == 93
+    assert sorted(checkpoints.glob("step-*")) == before  # for somebody to look at
+    assert "--fresh" in job.output
+
+    checkpoints.rename(checkpoints.with_name("elsewhere"))  # a disk that is not mounted
+    attempts = job.attempt()
+    assert job.finish(job.launch("cluster.nodes=2")) == 2
+    assert "holds no checkpoint" in job.output
+    assert job.attempt() == attempts

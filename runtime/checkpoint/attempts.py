@@ -46,15 +46,19 @@ def claim_attempt(
     job_id: str,
     skip: frozenset[tuple[int, int]] = frozenset(),
     fresh_from: tuple[int, int] | None = None,
+    from_nothing: bool = True,
 ) -> Attempt:
     """Takes the next attempt number: from here on every older attempt is fenced off.
 
     It goes on from the newest live checkpoint that is not in `skip`, pairs (step, attempt) that can't be loaded; or
-    from `fresh_from`, a committed (step, attempt), with (0, 0) for the beginning.
+    from `fresh_from`, a committed (step, attempt), with (0, 0) for the beginning. Where none is left it begins anew, or
+    with `from_nothing` False raises CheckpointError and takes no number.
     """
     while True:
         parents, committed = _Parents(storage), _committed(storage)
         parent = _choose(parents, committed, skip) if fresh_from is None else _named(fresh_from, committed)
+        if parent is None and fresh_from is None and not from_nothing:
+            raise CheckpointError(_nothing_left(storage, skip))
         number = max(parents, default=0) + 1
         record = {
             "from": None if parent is None else {"step": parent[0], "attempt": parent[1]},
@@ -140,6 +144,19 @@ def _choose(
     parents: Mapping[int, Parent], committed: Mapping[tuple[int, int], float], skip: frozenset[tuple[int, int]]
 ) -> Parent:
     return max(live_steps(parents, committed) - skip, default=None)
+
+
+def _nothing_left(storage: Storage, skip: frozenset[tuple[int, int]]) -> str:
+    damaged = ", ".join(names.step_dir(*pair) for pair in sorted(skip))
+    if damaged:
+        return (
+            f"no checkpoint in {storage.url} can be loaded any more: {damaged} are damaged. Nothing was deleted; "
+            "`dtrain ckpt verify` names the files. To begin anew: dtrain launch --fresh"
+        )
+    return (
+        f"checkpoints of this run were committed to {storage.url}, but none is there now. Is it the right disk, and is "
+        "it mounted? To begin anew: dtrain launch --fresh"
+    )
 
 
 def _named(wanted: tuple[int, int], committed: Mapping[tuple[int, int], float]) -> Parent:

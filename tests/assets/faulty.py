@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -67,3 +68,13 @@ class FewTargets(Tokens):
 
 def say_end(model: nn.Module) -> str:
     return f"the end of {sum(1 for _ in model.parameters())} tensors"
+
+
+class LeavesOnRank1(Transformer):
+    """Ends its process in the fifth forward of global rank 1, with nothing but an exit code of 0."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 5 and dist.get_rank() == 1:
+            os._exit(0)
+        return super().forward(tokens)
