@@ -19,12 +19,16 @@ from typing import Any
 from dtrain.cluster import exits
 from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
 from dtrain.launcher.console import Said, continue_command, event_lines, outcome_lines
+from dtrain.launcher.departure import wait_until_gone
+from dtrain.launcher.pace import Pace, stall_words
 from dtrain.launcher.runs import Job
 from dtrain.launcher.screen import Screen
 from dtrain.launcher.state import STARTING_S
+from dtrain.launcher.submit import end
 from dtrain.launcher.tail import JsonTail, LineTail
 
 POLL_S = 0.15
+KILLED = "killed by Ctrl-C (second time)"
 ASK_BACKEND_S = 2.0
 TRACEBACK_HOLD_S = 3.0
 # What comes before the first step of an attempt.
@@ -65,6 +69,7 @@ class RunView:
         self._chosen: list[str] | None = None
         self._evidence: list[str] | None = None
         self._attempts = 0
+        self.pace = Pace()
 
     def poll(self) -> None:
         """Shows what happened since the last call. It comes through three files: what was written before an event is
@@ -97,6 +102,8 @@ class RunView:
         kind = event.get("type")
         if kind == "attempt_started":
             self._attempts += 1
+            self.pace.restart()
+            self._screen.waiting(0.0, "")
             self.follow_log(int(event["attempt"]), from_end=False)
         if kind == "node_joined" and self._attempts == 0:
             return  # that the nodes of a new job join is no news
@@ -118,8 +125,10 @@ class RunView:
     def _show_metrics(self, up_to_step: int | None) -> None:
         while self._pending and (up_to_step is None or self._pending[0].get("step", 0) <= up_to_step):
             record = self._pending.popleft()
+            self.pace.saw(record)
             if (place := _place(record)) > self._newest:  # a replaced file repeats what earlier attempts finished
                 self._newest = place
+                self.pace.restart()
                 self._screen.metric(record)
 
     def _show_log(self) -> None:
@@ -192,6 +201,7 @@ def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float])
         view.poll()
         if ended is not None:
             return _say_outcome(job, screen, view, ended)
+        _show_stall(job, screen, view)
         if len(interrupts) > handled:
             handled = len(interrupts)
             if _on_interrupt(job, screen, view, handled):
@@ -202,6 +212,16 @@ def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float])
                 view.poll()
                 return _say_all_gone(job, screen)
         time.sleep(POLL_S)
+
+
+def _show_stall(job: Job, screen: Screen, view: RunView) -> None:
+    """A hang is silent: where the ranks are is known to their agents, and so to status.json."""
+    waited_s = view.pace.overdue_s()
+    status = None if waited_s is None else read_json(job.control.status)
+    if waited_s is not None and status is not None and status.get("state") == "running":
+        screen.waiting(waited_s, stall_words(waited_s, status.get("workers") or [], job.plan.name))
+    else:
+        screen.waiting(0.0, "")
 
 
 def _is_gone(job: Job) -> bool:
@@ -218,9 +238,11 @@ def _on_interrupt(job: Job, screen: Screen, view: RunView, count: int) -> bool:
         job.backend.stop(job.plan)
         return False
     job.backend.kill(job.plan)
+    wait_until_gone(job)
     view.poll()
-    screen.say(Said("killed", "bad"))
-    screen.say(_where_it_goes_on(job))
+    step = bookmark(job.run).newest[1]
+    end(job, state="failed", exit_code=exits.FAILED, reason=KILLED, step=step)
+    _say_outcome(job, screen, view, read_json(job.control.ended) or {})
     return True
 
 

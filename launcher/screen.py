@@ -12,6 +12,7 @@ from typing import Any, Protocol, TextIO
 from dtrain.launcher.console import Said, Tone, duration, metric_line, number, plain_interval, throughput
 
 QUIET_LIMIT_S = 60.0  # slow steps: a plain line at least this often
+CROWDED_S = 2.0  # quick steps: never two plain lines within this
 
 
 class Screen(Protocol):
@@ -19,6 +20,9 @@ class Screen(Protocol):
 
     def metric(self, record: Mapping[str, Any]) -> None:
         """One finished step, in order."""
+
+    def waiting(self, waited_s: float, words: str) -> None:
+        """No step comes, for so long; called again and again while that lasts. No words: that is over."""
 
     def close(self) -> None: ...
 
@@ -57,18 +61,28 @@ class PlainScreen:
         self._eta = Eta(steps)
         self._attempt: int | None = None
         self._shown_at = clock()
+        self._next_wait_s = 0.0
 
     def say(self, said: Said) -> None:
         print(said.text, file=self._stream, flush=True)
 
     def metric(self, record: Mapping[str, Any]) -> None:
+        self.waiting(0.0, "")
         eta_s = self._eta.update(record)
-        first = record.get("attempt") != self._attempt
-        due = record["step"] % self._every == 0 or record["step"] == self._steps
-        if first or due or self._clock() - self._shown_at > QUIET_LIMIT_S:
+        since_s = self._clock() - self._shown_at
+        edge = record.get("attempt") != self._attempt or record["step"] == self._steps
+        due = record["step"] % self._every == 0 and since_s >= CROWDED_S
+        if edge or due or since_s > QUIET_LIMIT_S:
             self._attempt = record.get("attempt")
             self._shown_at = self._clock()
             print(metric_line(record, self._steps, eta_s), file=self._stream, flush=True)
+
+    def waiting(self, waited_s: float, words: str) -> None:
+        if not words:
+            self._next_wait_s = 0.0
+        elif waited_s >= self._next_wait_s:
+            self._next_wait_s = 2 * waited_s
+            print(words, file=self._stream, flush=True)
 
     def close(self) -> None:
         self._stream.flush()
@@ -87,6 +101,8 @@ class TerminalScreen:
         self._steps = steps
         self._eta = Eta(steps)
         self._task: Any = None
+        self._right = ""  # of the newest step
+        self._waits = False
 
     def say(self, said: Said) -> None:
         from rich.text import Text
@@ -99,10 +115,20 @@ class TerminalScreen:
         parts = [f"loss {number(record, 'loss')}", throughput(record)]
         parts += [f"ETA {duration(eta_s)}"] if eta_s is not None and record["step"] != self._steps else []
         right = "  ".join(filter(None, parts))
-        if self._task is None:  # the bar appears with the first step, not while processes start
-            self._task = self._progress.add_task("", total=self._steps, left=left, right=right)
+        self._draw(right, completed=record["step"], left=left)
+        self._right, self._waits = right, False
+
+    def waiting(self, waited_s: float, words: str) -> None:
+        if words or self._waits:
+            self._draw(words or self._right)
+        self._waits = bool(words)
+
+    def _draw(self, right: str, **fields: Any) -> None:
+        if self._task is None:  # the bar appears with the first step or wait, not while processes start
+            left = f"step 0/{self._steps or '?'}"
+            self._task = self._progress.add_task("", total=self._steps, **{"left": left, **fields}, right=right)
             self._progress.start()
-        self._progress.update(self._task, completed=record["step"], left=left, right=right)
+        self._progress.update(self._task, right=right, **fields)
 
     def close(self) -> None:
         self._progress.stop()

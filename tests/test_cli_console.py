@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dtrain.launcher.console import (
     rate,
     size,
 )
+from dtrain.launcher.pace import Pace, stall_words
 from dtrain.launcher.screen import PlainScreen
 
 
@@ -172,13 +174,45 @@ def test_last_words() -> None:
 
 def test_plain_screen_shows_first_round_and_last_steps_of_each_attempt() -> None:
     stream = io.StringIO()
-    screen = PlainScreen(300, stream, clock=lambda: 0.0)
+    screen = PlainScreen(300, stream, clock=itertools.count().__next__)  # about a second a step
     for attempt, steps in ((1, range(1, 156)), (2, range(152, 301))):
         for step in steps:
             screen.metric({"step": step, "attempt": attempt, "loss": 1.0, "step_s": 0.5})
     shown = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
     assert shown == [1, *range(10, 151, 10), 152, *range(160, 301, 10)]
     assert "ETA 2m 15s" in stream.getvalue().splitlines()[3]
+
+
+def test_plain_lines_of_quick_steps_are_two_seconds_apart() -> None:
+    stream, now = io.StringIO(), [0.0]
+    screen = PlainScreen(300, stream, clock=lambda: now[0])
+    for step in range(1, 301):
+        now[0] += 0.03
+        screen.metric({"step": step, "attempt": 1, "loss": 1.0})
+    shown = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
+    assert shown == [1, 70, 140, 210, 280, 300]
+
+
+def test_pace_is_patient_with_slow_steps() -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    now[0] = 10.5
+    assert pace.overdue_s() == 10.5
+    for _ in range(3):
+        pace.saw({"step_s": 4.0})
+    assert pace.overdue_s() is None
+    now[0] = 41.0
+    assert pace.overdue_s() == 41.0
+    pace.restart()
+    assert pace.overdue_s() is None
+
+
+def test_many_ranks_in_a_stall() -> None:
+    workers = [{"global_rank": rank, "phase": "forward" if rank else "data"} for rank in range(20)]
+    words = "no step for 18 s: {} (dtrain stack n shows where)"
+    assert stall_words(18.0, workers, "n") == words.format("rank 0 in data, 19 ranks in forward")
+    assert stall_words(18.0, workers[:3], "n") == words.format("rank 0 in data, ranks 1, 2 in forward")
+    assert stall_words(18.0, [], "n") == words.format("no worker is there")
 
 
 def test_plain_screen_does_not_stay_silent_when_steps_are_slow() -> None:

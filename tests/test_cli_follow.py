@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import pty
@@ -19,11 +20,14 @@ from typing import Any
 import pytest
 
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.procs import ProcessId
-from dtrain.cluster.rundir import RunDir, append_event, write_atomic
+from dtrain.cluster.procs import ProcessId, session_members
+from dtrain.cluster.rundir import RunDir, append_event, read_json, write_atomic
+from dtrain.launcher import pace
+from dtrain.launcher.console import Said
+from dtrain.launcher.departure import wait_until_gone
 from dtrain.launcher.follow import Bookmark, RankZeroLines, RunView, bookmark, follow
 from dtrain.launcher.runs import Job, read_job
-from dtrain.launcher.screen import PlainScreen
+from dtrain.launcher.screen import PlainScreen, TerminalScreen
 from dtrain.launcher.tail import JsonTail, LineTail
 
 HEAD = """
@@ -76,11 +80,32 @@ time.sleep(60)
 """
 )
 DEAF = (
-    HEAD + "signal.signal(signal.SIGTERM, signal.SIG_IGN); append_event(run, 'restart', reason='deaf'); time.sleep(60)"
+    HEAD
+    + "signal.signal(signal.SIGTERM, signal.SIG_IGN); metric(6)\n"
+    + "append_event(run, 'restart', reason='deaf'); time.sleep(60)"
 )
 DIES = HEAD + "metric(1); time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)"
 
+HANGS = (
+    HEAD
+    + """
+append_event(run, "attempt_started", attempt=1, world_size=2, nodes=1, **{"from": None})
+for step in range(1, 10):
+    metric(step)
+workers = [dict(global_rank=0, phase="data"), dict(global_rank=1, phase="forward")]
+write_atomic(control.status, json.dumps(dict(state="running", attempt=1, step=9, workers=workers, seen_at=1.0)))
+time.sleep(4)
+metric(10)
+end("done", 0, 10)
+"""
+)
+
 Start = Callable[[str], tuple[Job, subprocess.Popen[str]]]
+
+
+def slow_clock() -> Callable[[], float]:
+    """Two seconds or more pass between any two steps."""
+    return itertools.count(0.0, 2.0).__next__
 
 
 @pytest.fixture
@@ -125,7 +150,7 @@ def start(tmp_path: Path, run: RunDir) -> Iterator[Start]:
 def test_golden_plain_output(start: Start, run: RunDir) -> None:
     job, _ = start(TRAINS)
     stream = io.StringIO()
-    assert follow(job, PlainScreen(100, stream), Bookmark()) == 0
+    assert follow(job, PlainScreen(100, stream, slow_clock()), Bookmark()) == 0
     lines = [re.sub(r"  ETA .*", "", line) for line in stream.getvalue().splitlines()]
     steps = {step: f"step {step:3}/100  loss {5 - step / 100:.4f}  512 samples/s" for step in [1, *range(5, 101, 5)]}
     assert lines == [
@@ -141,6 +166,20 @@ def test_golden_plain_output(start: Start, run: RunDir) -> None:
         f"  run dir      {run.path}",
         f"  checkpoints  {run.path}/checkpoints",
     ]
+
+
+def test_a_hang_is_said_once_and_again_after_twice_the_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "PATIENCE_S", 0.5)
+    job, _ = start(HANGS)
+    stream = io.StringIO()
+    assert follow(job, PlainScreen(100, stream, slow_clock()), Bookmark()) == 0
+    words = re.findall(r"no step for (.*) s: (.*)", stream.getvalue())
+    where = "rank 0 in data, rank 1 in forward (dtrain stack toy shows where)"
+    assert [text for _, text in words] == [where] * len(words)
+    waits = [float(seconds) for seconds, _ in words]
+    assert 0.5 <= waits[0] < 2
+    assert 2 <= len(waits) <= 4
+    assert all(later >= 1.8 * earlier for earlier, later in itertools.pairwise(waits))
 
 
 def test_the_run_dies_without_a_word(start: Start) -> None:
@@ -207,7 +246,23 @@ def test_second_ctrl_c_kills(start: Start) -> None:
     follower.stdout.close()
     assert follower.wait(timeout=20) == 130
     assert agent.wait(timeout=20) == -signal.SIGKILL
-    assert "killed" in said
+    assert "failed at step 6 of 100: killed by Ctrl-C (second time)" in said
+    assert "without a word" not in said
+    ended = read_json(job.control.ended)
+    assert ended is not None
+    assert (ended["state"], ended["reason"], ended["step"]) == ("failed", "killed by Ctrl-C (second time)", 6)
+
+
+def test_what_a_killed_worker_leaves_is_waited_for(start: Start) -> None:
+    """A process of the agent's session that outlives it, as a loader's does that is busy in the kernel."""
+    child = "import os, subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1.5)'])\n"
+    job, agent = start(child + HEAD + "time.sleep(60)")
+    agent.kill()
+    agent.wait()
+    assert session_members(agent.pid)
+    assert not wait_until_gone(job, timeout_s=0.1)
+    assert wait_until_gone(job)
+    assert not session_members(agent.pid)
 
 
 def test_killing_the_follower_leaves_the_run(start: Start) -> None:
@@ -261,11 +316,33 @@ end("done", 0, 100)
     assert said.count("\x1b[?25l") == said.count("\x1b[?25h")  # the cursor is shown again
 
 
+def test_the_bar_says_when_no_step_comes_and_is_not_drawn_after_its_end() -> None:
+    ours, theirs = pty.openpty()
+    with open(theirs, "w", encoding="utf-8") as terminal:
+        screen = TerminalScreen(60, terminal)
+        screen.metric({"step": 9, "attempt": 1, "loss": 1.0, "step_s": 0.1})
+        screen.waiting(18.0, "no step for 18 s: rank 0 in data")
+        time.sleep(0.4)
+        screen.waiting(0.0, "")
+        time.sleep(0.4)
+        screen.close()
+        screen.say(Said("the last words"))
+        screen.close()
+        terminal.flush()
+        said = read_until(ours, "words")
+    os.close(ours)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
+    waited = plain.index("no step for 18 s: rank 0 in data")
+    assert "step 9/60" in plain[:waited]
+    assert "ETA 5.1 s" in plain[waited:]
+    assert plain.rstrip().endswith("the last words")
+
+
 class TestView:
     def view(self, run: RunDir, since: Bookmark | None = None) -> tuple[RunView, io.StringIO]:
         run.path.mkdir(exist_ok=True)
         stream = io.StringIO()
-        return RunView(run, PlainScreen(20, stream), since or Bookmark()), stream
+        return RunView(run, PlainScreen(20, stream, slow_clock()), since or Bookmark()), stream
 
     def metrics(self, *places: tuple[int, int]) -> str:
         return "".join(json.dumps({"attempt": a, "step": s, "loss": 1.0}) + "\n" for a, s in places)

@@ -11,6 +11,7 @@ from pathlib import Path
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.rundir import read_json, write_once
+from dtrain.launcher.departure import wait_until_gone
 from dtrain.launcher.follow import again_command
 from dtrain.launcher.runs import Job, resolve
 from dtrain.launcher.state import read_status
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             job, state="cancelled", exit_code=exits.CANCELLED,
             reason=f"killed: it did not end within {args.grace:g} s", step=int(status["step"] or 0),
         )  # fmt: skip
+    wait_until_gone(job)
     return _say_how_it_ended(job)
 
 
