@@ -68,7 +68,7 @@ async def nobody(message: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def never(skip: frozenset[tuple[int, int]]) -> Attempt:
+def never(skip: frozenset[tuple[int, int]], from_nothing: bool) -> Attempt:
     raise AssertionError("nobody asked for an attempt")
 
 
@@ -105,7 +105,7 @@ def test_an_agent_that_takes_long_to_end_its_workers_goes_on_listening(
 def test_a_stop_is_not_held_up_by_a_store_that_does_not_answer(options: Options) -> None:
     asked, answer = threading.Event(), threading.Event()
 
-    def hang(skip: frozenset[tuple[int, int]]) -> Attempt:
+    def hang(skip: frozenset[tuple[int, int]], from_nothing: bool) -> Attempt:
         asked.set()
         answer.wait(20)
         return Attempt(number=1, from_step=0, from_attempt=0)
@@ -146,7 +146,7 @@ def test_a_stop_is_not_held_up_by_a_store_that_does_not_answer(options: Options)
 def test_a_store_that_fails_ends_the_job_with_its_own_words(
     options: Options, error: Exception, code: int, reason: str
 ) -> None:
-    def fail(skip: frozenset[tuple[int, int]]) -> Attempt:
+    def fail(skip: frozenset[tuple[int, int]], from_nothing: bool) -> Attempt:
         raise error
 
     job = make_job(options, fail)
