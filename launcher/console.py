@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ def _attempt_started(event: Event) -> list[Said]:
     origin = event.get("from")
     start = f"from step {origin['step']}" if origin else "from the beginning"
     ranks = plural(event.get("world_size", 1), "rank")
+    if event.get("again"):
+        shape = f"{plural(event.get('nodes', 1), 'node')}, {ranks}"
+        return [Said(f"restarting {start} (attempt {event.get('attempt')}): {shape}")]
     return [Said(f"attempt {event.get('attempt')}: {plural(event.get('nodes', 1), 'node')}, {ranks}, {start}", "quiet")]
 
 
@@ -163,24 +167,63 @@ def failure_view(event: Event) -> list[Said]:
     """The culprit first, then its evidence, the bystanders in one line."""
     rank = event.get("global_rank")
     who = f"node {event.get('node')}" if rank is None else f"rank {rank} on node {event.get('node')}"
-    place = [f"step {event['step']}"] if event.get("step") is not None else []
-    place += [f"in {event['phase']}"] if event.get("phase") else []
-    lines = [Said(f"FAILURE: {who}, {', '.join([*place, str(event.get('kind', 'failure'))])}", "bad")]
-    lines += [Said(f"  {line}", "bad") for line in str(event.get("message") or "").splitlines()[:10]]
+    kind = str(event.get("kind", "failure"))
+    lines = [Said(f"FAILURE: {', '.join([who, *_place(event)])}: {_KINDS.get(kind, kind)}", "bad")]
+    message = str(event.get("message") or "").splitlines()
+    lines += [Said(f"  {line}", "bad") for line in message[:10]]
     if event.get("where"):
         lines.append(Said(f"  at {event['where']}", "bad"))
-    lines += [Said(f"  | {line}") for line in _bounded(event.get("evidence") or ())]
+    lines += [Said(f"  | {line}") for line in _bounded(_news(event.get("evidence") or (), message))]
     if collateral := event.get("collateral"):
         ranks = ", ".join(map(str, collateral[:16])) + (", ..." if len(collateral) > 16 else "")
         lines.append(Said(f"  brought down with it: {'rank' if len(collateral) == 1 else 'ranks'} {ranks}", "quiet"))
     return lines
 
 
-def _bounded(evidence: Sequence[Any]) -> list[str]:
-    """A traceback says most at its end: what is too long loses its middle."""
+_KINDS = {
+    "exception": "raised an exception",
+    "nonfinite": "the loss or gradient is not finite",
+    "config": "the configuration does not fit",
+    "corrupt_checkpoint": "a damaged checkpoint",
+    "fenced": "a newer attempt has taken over",
+    "signal": "killed by a signal",
+    "exit": "ended early",
+    "start": "its workers could not be started",
+    "node_lost": "the node was lost",
+}
+
+
+def _place(event: Event) -> list[str]:
+    if event.get("phase") == "finishing":  # the user's code that runs there is on_end
+        return ["in on_end after the last step" if event.get("where") else "after the last step"]
+    place = [f"step {event['step']}"] if event.get("step") is not None else []
+    return place + ([f"in {event['phase']}"] if event.get("phase") else [])
+
+
+def _news(evidence: Sequence[Any], message: Sequence[str]) -> list[str]:
+    """The evidence's lines without an end that says the message again, with the exception's class or not."""
     lines = [line for entry in evidence for line in str(entry).rstrip("\n").splitlines()]
-    if len(lines) <= MAX_EVIDENCE_LINES:
+    if not message or len(lines) < len(message):
         return lines
+    head, (first, *rest) = lines[: -len(message)], lines[-len(message) :]
+    repeated = (first == message[0] or first.endswith(f": {message[0]}")) and rest == list(message[1:])
+    return head if repeated else lines
+
+
+def without_message(reason: str, failure: Event | None) -> str:
+    """`reason` in few words where the failure's own lines are on the screen already: each message is said once."""
+    message = str((failure or {}).get("message") or "")
+    if not message or message.splitlines()[0] not in reason:
+        return reason
+    told = f"(?:{re.escape(message)}|{re.escape(message.splitlines()[0])})"
+    rest = re.sub(rf"(?:; the last one: |: )?(?:(?:rank|node) \d+: )?{told}(?:\. )?", "", reason)
+    return rest[:1].lower() + rest[1:]
+
+
+def _bounded(lines: Sequence[str]) -> list[str]:
+    """A traceback says most at its end: what is too long loses its middle."""
+    if len(lines) <= MAX_EVIDENCE_LINES:
+        return list(lines)
     head = MAX_EVIDENCE_LINES // 4
     tail = MAX_EVIDENCE_LINES - head - 1
     return [*lines[:head], f"... {len(lines) - head - tail} lines left out ...", *lines[-tail:]]
@@ -207,9 +250,17 @@ def continue_command(argv: Sequence[str], launch_cwd: str, cwd: str, *, name: st
     )
 
 
-def outcome_lines(ended: Mapping[str, Any], *, steps: int | None, run_dir: str, url: str, again: str) -> list[Said]:
-    """The last words of a run. `again`: the command that continues it."""
-    state, step, reason = ended.get("state"), ended.get("step"), ended.get("reason")
+def outcome_lines(
+    ended: Mapping[str, Any],
+    *,
+    steps: int | None,
+    run_dir: str,
+    url: str,
+    again: str,
+    failure: Mapping[str, Any] | None = None,
+) -> list[Said]:
+    """The last words of a run. `again`: the command that continues it; `failure`: what has just been shown."""
+    state, step, reason = ended.get("state"), ended.get("step"), without_message(ended.get("reason") or "", failure)
     at = f" at step {step}" + (f" of {steps}" if steps else "") if step is not None else ""
     why = f": {reason}" if reason and reason != state else ""  # "cancelled: cancelled" says nothing
     lines = {

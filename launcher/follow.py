@@ -18,7 +18,7 @@ from typing import Any
 
 from dtrain.cluster import exits
 from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
-from dtrain.launcher.console import Said, continue_command, event_lines, outcome_lines
+from dtrain.launcher.console import Said, continue_command, event_lines, outcome_lines, without_message
 from dtrain.launcher.departure import wait_until_gone
 from dtrain.launcher.pace import Pace, stall_words
 from dtrain.launcher.runs import Job
@@ -69,6 +69,8 @@ class RunView:
         self._chosen: list[str] | None = None
         self._evidence: list[str] | None = None
         self._attempts = 0
+        self.failure: dict[str, Any] | None = None  # the newest one shown
+        self._restarting = False
         self.pace = Pace()
 
     def poll(self) -> None:
@@ -105,6 +107,7 @@ class RunView:
             self.pace.restart()
             self._screen.waiting(0.0, "")
             self.follow_log(int(event["attempt"]), from_end=False)
+            event, self._restarting = {**event, "again": self._restarting}, False
         if kind == "node_joined" and self._attempts == 0:
             return  # that the nodes of a new job join is no news
         if kind == "chosen":
@@ -113,7 +116,11 @@ class RunView:
             self._chosen = event.get("lines")
         if kind == "failure":
             self._printed.drop_traceback()
+            self.failure = event
             event = self._without_known_evidence(event)
+        if kind == "restart" and not without_message(str(event.get("reason") or ""), self.failure):
+            self._restarting = True
+            return  # the failure has been shown, and the attempt that follows says from where
         for said in event_lines(event):
             self._screen.say(said)
 
@@ -250,7 +257,12 @@ def _say_outcome(job: Job, screen: Screen, view: RunView, ended: dict[str, Any])
     view.close()
     screen.close()
     words = outcome_lines(
-        ended, steps=job.steps, run_dir=str(job.run.path), url=job.plan.checkpoint_url, again=again_command(job)
+        ended,
+        steps=job.steps,
+        run_dir=str(job.run.path),
+        url=job.plan.checkpoint_url,
+        again=again_command(job),
+        failure=view.failure,
     )
     for said in words:
         screen.say(said)

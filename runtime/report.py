@@ -72,7 +72,7 @@ class Reporter:
             "type": "failure",
             "kind": kind or known_kind,
             "message": _message(error),
-            "where": where or find_place(error.__traceback__),
+            "where": where or _where(error),
             "evidence": _evidence(error),
             "time": time.time(),
             "step": step,
@@ -117,20 +117,43 @@ def _classify(error: BaseException) -> tuple[str, dict[str, Any]]:
 
 
 def _message(error: BaseException) -> str:
-    text = "".join(traceback.format_exception_only(error)).strip()
+    """Our own errors are written for people: their class adds nothing."""
+    ours = getattr(error, "message", str(error)) if _is_our_error(error) else ""
+    text = ours or "".join(traceback.format_exception_only(error)).strip()
     return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + " ..."
 
 
 def _evidence(error: BaseException) -> list[str]:
     """The traceback's lines without our own frames before the user's; the middle of a long one is left out."""
-    told = traceback.TracebackException.from_exception(error)
-    _leave_out_our_beginning(told)
-    lines = [line for part in told.format() for line in part.rstrip("\n").split("\n")]
+    if _is_our_error(error):
+        parts = _only_users_frames(error)
+    else:
+        told = traceback.TracebackException.from_exception(error)
+        _leave_out_our_beginning(told)
+        parts = list(told.format())
+    lines = [line for part in parts for line in part.rstrip("\n").split("\n")]
     lines = [line[:1000] for line in lines]
     if len(lines) <= _MAX_EVIDENCE_LINES:
         return lines
     half = _MAX_EVIDENCE_LINES // 2
     return [*lines[:half], f"... {len(lines) - 2 * half} lines ...", *lines[-half:]]
+
+
+def _only_users_frames(error: BaseException) -> list[str]:
+    """Of an error that we raise on purpose: how the user's code came into it, if it did. The message says the rest."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    before = [] if cause is None or not _users_frames(cause) else [*_evidence(cause), ""]
+    frames = _users_frames(error)
+    told = str(getattr(error, "trace", "")).splitlines()  # of another process, as runtime/data.py's DataError has it
+    return before + told + (["Traceback (most recent call last):", *traceback.format_list(frames)] if frames else [])
+
+
+def _users_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+
+
+def _is_our_error(error: BaseException) -> bool:
+    return type(error).__module__.startswith(_OUR_MODULES)
 
 
 class _Shortened(traceback.StackSummary):
@@ -157,6 +180,11 @@ def _leave_out_our_beginning(told: traceback.TracebackException) -> None:
             _leave_out_our_beginning(other)
 
 
+def _where(error: BaseException) -> str:
+    """A place in our own code helps nobody where the error is one that we raise on purpose."""
+    return "" if _is_our_error(error) and not _users_frames(error) else find_place(error.__traceback__)
+
+
 def find_place(trace: TracebackType | None) -> str:
     """`file:line` of the innermost frame in the user's own code; the innermost of all where there is none."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(trace)]
@@ -176,4 +204,5 @@ def _is_library(filename: str) -> bool:
 _OUR_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OUR_FOLDERS = ("cluster", "launcher", "runtime", "slurm", "strategies")  # examples/ is as good as a user's own
 _OURS = tuple(f"{_OUR_ROOT}/{name}/" for name in _OUR_FOLDERS)
+_OUR_MODULES = tuple(f"dtrain.{name}." for name in _OUR_FOLDERS)
 _LIBRARIES = (sysconfig.get_path("stdlib"), *_OURS)

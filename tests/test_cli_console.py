@@ -18,6 +18,7 @@ from dtrain.launcher.console import (
     plain_interval,
     rate,
     size,
+    without_message,
 )
 from dtrain.launcher.pace import Pace, stall_words
 from dtrain.launcher.screen import PlainScreen
@@ -104,7 +105,7 @@ FAILURE = {
 
 def test_a_failure_names_the_culprit_first() -> None:
     assert [said.text for said in event_lines(FAILURE)] == [
-        "FAILURE: rank 1 on node 0, step 37, in backward, exception",
+        "FAILURE: rank 1 on node 0, step 37, in backward: raised an exception",
         "  ValueError: bad sample [/bold]",
         "  at train.py:12",
         "  | Traceback (most recent call last):",
@@ -123,7 +124,65 @@ def test_a_lost_node_has_no_rank() -> None:
         "step": 3,
         "message": "no word for 5 s",
     }
-    assert event_lines(lost)[0].text == "FAILURE: node 1, step 3, node_lost"
+    assert event_lines(lost)[0].text == "FAILURE: node 1, step 3: the node was lost"
+
+
+@pytest.mark.parametrize(
+    ("last", "shown"),
+    [
+        (["ValueError: bad"], []),
+        (["dtrain.runtime.data.DataError: ValueError: bad"], []),
+        (["KeyError: another"], ["  | KeyError: another"]),
+    ],
+)
+def test_a_traceback_does_not_say_the_message_again(last: list[str], shown: list[str]) -> None:
+    failure = {**FAILURE, "message": "ValueError: bad", "evidence": ["Traceback", *last], "collateral": []}
+    assert [said.text for said in event_lines(failure)][3:] == ["  | Traceback", *shown]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("signal", "killed by a signal"),
+        ("exception", "raised an exception"),
+        ("nonfinite", "the loss or gradient is not finite"),
+        ("config", "the configuration does not fit"),
+        ("corrupt_checkpoint", "a damaged checkpoint"),
+        ("exit", "ended early"),
+        ("of_a_later_version", "of_a_later_version"),
+    ],
+)
+def test_a_failure_says_in_words_what_happened(kind: str, words: str) -> None:
+    assert event_lines({**FAILURE, "kind": kind})[0].text.endswith(f"in backward: {words}")
+
+
+def test_after_the_last_step_no_step_is_named() -> None:
+    after = {**FAILURE, "step": 0, "phase": "finishing"}
+    assert "rank 1 on node 0, in on_end after the last step: raised" in event_lines(after)[0].text
+    killed = {**after, "where": "", "kind": "signal"}
+    assert "rank 1 on node 0, after the last step: killed" in event_lines(killed)[0].text
+
+
+@pytest.mark.parametrize(
+    ("reason", "short"),
+    [
+        ("rank 1: ValueError: bad. Starting again would fail again", "starting again would fail again"),
+        ("the same exception twice at step 5: ValueError: bad\nsecond line", "the same exception twice at step 5"),
+        (
+            "4 attempts in a row without a new step; the last one: rank 1: ValueError: bad",
+            "4 attempts in a row without a new step",
+        ),
+        (
+            "stopped on request; its last steps were not saved: rank 1: ValueError: bad",
+            "stopped on request; its last steps were not saved",
+        ),
+        ("rank 1: ValueError: bad", ""),
+        ("node 1 was lost", "node 1 was lost"),
+    ],
+)
+def test_a_reason_does_not_say_the_message_again(reason: str, short: str) -> None:
+    assert without_message(reason, {"message": "ValueError: bad\nsecond line"}) == short
+    assert without_message(reason, None) == reason
 
 
 def test_long_evidence_keeps_its_end() -> None:

@@ -396,6 +396,22 @@ class TestView:
         assert "During handling" not in text
         assert text.index("before") < text.index("after") < text.index("FAILURE: rank 1")
 
+    def test_a_message_is_said_once_through_a_restart(self, run: RunDir) -> None:
+        view, stream = self.view(run)
+        append_event(run, "failure", kind="exception", global_rank=1, node=0, step=3, message="ValueError: x")
+        append_event(run, "restart", attempt=1, reason="rank 1: ValueError: x")
+        origin = {"step": 2, "attempt": 1}
+        append_event(run, "attempt_started", attempt=2, world_size=2, nodes=1, **{"from": origin})
+        append_event(run, "restart", attempt=2, reason="the checkpoint of step 2 is damaged and is passed over")
+        view.poll()
+        view.close()
+        assert stream.getvalue().splitlines() == [
+            "FAILURE: rank 1 on node 0, step 3: raised an exception",
+            "  ValueError: x",
+            "restarting from step 2 (attempt 2): 1 node, 2 ranks",
+            "restarting: the checkpoint of step 2 is damaged and is passed over",
+        ]
+
     def test_a_choice_is_said_once(self, run: RunDir) -> None:
         view, stream = self.view(run)
         for lines in (["a"], ["a"], ["b"]):

@@ -205,7 +205,7 @@ class TestStatus:
         assert page.startswith("toy: running (seen ")
         assert "step         37 of 100" in page
         assert "rank 0       node 0 (h, pid 7)  step 37  backward" in page
-        assert "FAILURE: rank 1 on node 1, step 12, in forward, exception" in page
+        assert "FAILURE: rank 1 on node 1, step 12, in forward: raised an exception" in page
         assert "long" not in page
 
     def test_unknown_run_is_a_usage_error(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dtrain.cluster import exits
 from dtrain.cluster.rundir import read_json
-from dtrain.launcher.console import duration, failure_view, plural
+from dtrain.launcher.console import duration, failure_view, plural, without_message
 from dtrain.launcher.runs import resolve
 from dtrain.launcher.state import documented, read_status
 
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
 def view(status: Mapping[str, Any], failure: Mapping[str, Any] | None, *, now: float) -> list[str]:
     """The human page; `failure` is the content of failure.json."""
-    reason = f": {status['reason']}" if status["reason"] not in ("", status["state"]) else ""
+    why = without_message(status["reason"], failure)  # the failure has its own lines below
+    reason = f": {why}" if why not in ("", status["state"]) else ""
     seen = f" (seen {duration(max(0.0, now - status['seen_at']))} ago)" if status["seen_at"] else ""
     layout = f"{plural(status['nodes'], 'node')}, {plural(status['world_size'], 'rank')}, attempt {status['attempt']}"
     checkpoint = "none yet" if status["checkpoint"] is None else f"step {status['checkpoint']}"
