@@ -47,7 +47,7 @@ COMMANDS = (
     Command(name="status", help="where a run stands"),
     Command(name="logs", help="what the workers of a run printed"),
     Command(name="attach", help="follow a run that is going on"),
-    Command(name="cancel", help="end a run for good"),
+    Command(name="cancel", help="stop a run and mark it cancelled (launch goes on from there)"),
     Command(name="stack", help="where each rank of a run is in its code"),
     Command(name="ckpt", help="list and verify checkpoints"),
 )

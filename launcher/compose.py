@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from dtrain.cluster.jobplan import ClusterConfig
 from dtrain.cluster.layers import layer_of, merge_layers, parse_overrides
 from dtrain.cluster.references import resolve_references
 from dtrain.launcher.checks import check_sections
-from dtrain.runtime.config import RunConfig
+from dtrain.runtime.config import RunConfig, check_name
 from dtrain.strategies.config import StrategyConfig
 
 # Another model, data, optimizer, loss, seed or batch is another training; everything else may change on the way.
@@ -79,7 +81,7 @@ def load_config(
 ) -> LaunchConfig:
     """Raises ConfigError. Options win over `overrides`, which win over the file; relative paths start at the working
     directory."""
-    schema = launch_schema(Path(path).stem)
+    schema = launch_schema(label_of(Path(path).stem))
 
     def expand(node: Node) -> Node:
         return expand_short_forms(schema, node)
@@ -102,6 +104,16 @@ def load_config(
     if problems:
         raise ConfigError(_in_order(problems, os.fspath(path)))
     return _build(os.path.abspath(path), tree, values)
+
+
+def label_of(stem: str) -> str:
+    """The name of a run whose config gives none: the file's stem where that is a name, else as much of it as can be."""
+    try:
+        check_name(stem)
+    except ValueError:
+        letters = "".join(c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c))
+        return re.sub(r"[^A-Za-z0-9._]+", "-", letters).strip("-._")[:100] or "run"
+    return stem
 
 
 def _option_layers(**options: str | int | None) -> list[Node]:

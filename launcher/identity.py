@@ -21,6 +21,7 @@ class Existing:
 class Decision:
     action: Literal["start", "continue", "done", "refuse"]
     lines: tuple[str, ...] = ()  # for the person
+    final: bool = False  # whatever else may be wrong with the config, nothing is started
 
 
 def decide(
@@ -30,17 +31,16 @@ def decide(
     if existing is None:
         return Decision(action="start" if checkpoint_step is None else "continue")
     if existing.state in ("pending", "running", "stopping", "requeued"):
-        return Decision(action="refuse", lines=_alive_lines(existing))
+        return Decision(action="refuse", lines=_alive_lines(existing), final=True)
     if existing.state == "unknown":
-        return Decision(action="refuse", lines=_unknown_lines(existing))
+        return Decision(action="refuse", lines=_unknown_lines(existing), final=True)
     if existing.identity_lines and not continue_changed:
         return Decision(action="refuse", lines=_changed_lines(existing))
     reached = max(existing.step if existing.state == "done" else 0, _beyond(checkpoint_step, steps_asked))
     if reached >= steps_asked:
         raise_it = "Raise train.steps to go on, or --fresh to train anew."
-        return Decision(
-            action="done", lines=(f"done already: step {reached}, train.steps is {steps_asked}. {raise_it}",)
-        )
+        line = f"done already: step {reached}, train.steps is {steps_asked}. {raise_it}"
+        return Decision(action="done", lines=(line,), final=True)
     differs = tuple(f"differs: {line}" for line in (*existing.identity_lines, *existing.other_lines))
     return Decision(action="continue", lines=differs)
 

@@ -102,21 +102,28 @@ def resolve(text: str, cwd: Path) -> tuple[Job, str]:
     for job in jobs:
         if job.plan.job_id == text:
             return job, ""
-        if _is_job_id(text) and os.path.isdir(job.run.control(text).path):
+        if _is_one_word(text) and os.path.isdir(job.run.control(text).path):
             return job, f"{text} was an earlier job of this run; its newest is {job.plan.job_id}"
     named = [job for job in jobs if job.plan.name == text]
     if named:
         others = ", ".join(str(job.run.path) for job in named[1:])
         return named[0], f"{text} is {named[0].run.path}, launched last; also called so: {others}" if others else ""
+    if (
+        _is_one_word(text) and (job := read_job(cwd / "runs" / text)) is not None
+    ):  # a folder that was renamed, or copied
+        return job, ""
     raise UsageError(_not_found(text, cwd, jobs))
 
 
-def _is_job_id(text: str) -> bool:
+def _is_one_word(text: str) -> bool:
     return bool(text) and "/" not in text and text not in (".", "..")
 
 
 def _not_found(text: str, cwd: Path, jobs: Iterable[Job]) -> str:
     names = list(dict.fromkeys(job.plan.name for job in jobs))
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.5) or names[:5]
-    found = f"Known labels: {', '.join(near)}." if near else f"No run is known, and {cwd / 'runs'} has none."
+    found = f"No run is known, and {cwd / 'runs'} has none."
+    if near := difflib.get_close_matches(text, names, n=3, cutoff=0.5):
+        found = f"Similar: {', '.join(near)}."
+    elif names:
+        found = f"Known labels: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
     return f"{text}: no run has this label, directory or job id. {found} `dtrain ls` shows all."

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
 from dtrain.launcher.console import Said, Tone, duration, metric_line, number, plain_interval, throughput
 
 QUIET_LIMIT_S = 60.0  # slow steps: a plain line at least this often
+SLOW_S = 2.0  # what takes longer is worth a plain line
 CROWDED_S = 2.0  # quick steps: never two plain lines within this
 
 
@@ -32,6 +35,26 @@ def make_screen(steps: int | None, stream: TextIO | None = None) -> Screen:
     if target.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
         return TerminalScreen(steps, target)
     return PlainScreen(steps, target)
+
+
+@contextmanager
+def saying(words: str, stream: TextIO | None = None) -> Iterator[None]:
+    """Says on a terminal what is being done, as long as it is; elsewhere only where it takes a while."""
+    target = sys.stderr if stream is None else stream
+    if target.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
+        print(words, end="", file=target, flush=True)
+        try:
+            yield
+        finally:
+            print("\r\x1b[2K", end="", file=target, flush=True)
+        return
+    timer = threading.Timer(SLOW_S, print, args=(words,), kwargs={"file": target, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Eta:

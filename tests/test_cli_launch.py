@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -90,6 +91,19 @@ def start(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def launch_on_a_terminal(*words: str | Path) -> tuple[int, str]:
+    ours, theirs = pty.openpty()
+    environ = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen([*DTRAIN, "launch", *map(str, words)], stdout=theirs, stderr=theirs, env=environ)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a pseudo terminal
+        while chunk := os.read(ours, 65536):
+            said += chunk
+    os.close(ours)
+    return process.wait(timeout=30), said.decode()
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     said = process.communicate(timeout=90)[0]
     return process.returncode, said
@@ -122,6 +136,15 @@ def test_dry_run_prints_the_artefact_and_touches_nothing(
     assert "#   starts from the beginning" in out
     assert out.count("dtrain.runtime.agent") == 3
     assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [("toy", "toy"), ("a--b_", "a--b_"), ("my toy (2)", "my-toy-2"), ("modèle größe", "modele-gro-e"), ("模型", "run")],
+)
+def test_a_files_stem_becomes_a_name(config: Path, stem: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("--dry-run", config.rename(config.with_name(f"{stem}.yaml"))) == 0
+    assert capsys.readouterr().out.startswith(f"# {name}: ")
 
 
 def test_all_problems_of_targets_at_once(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,9 +231,51 @@ class TestRelaunch:
         with launching(run, "local-3"):
             pass
 
-    def test_here_is_one_rank(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert launch("--here", "--nodes", "2", config) == 2
-        assert "--nodes 1 cluster.procs_per_node=1" in capsys.readouterr().err
+    def test_here_is_one_rank_whatever_the_file_says(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config.write_text(config.read_text() + "cluster: {nodes: 2, procs_per_node: 3}\n")
+        assert launch("--here", "--dry-run", config) == 0
+        said = capsys.readouterr()
+        assert "--here: one rank in this process, though the config asks for 2 nodes x 3 processes" in said.err
+        assert "# toy: 1 node x 1 process" in said.out
+
+    def test_done_and_alive_are_said_before_the_targets_are_imported(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = submitted(tmp_path / "runs" / "toy", config, "done")
+        (tmp_path / "toy.py").write_text("open('imported', 'w').close()\n" + LIGHT)
+        assert launch(config) == 0
+        control = run.control("local-1")
+        control.ended.unlink()
+        control.node(0).write_text(json.dumps(ProcessId.of(os.getpid()).to_json()))
+        assert launch(config) == 2
+        assert "job local-1 is pending here" in capsys.readouterr().err
+        assert not (tmp_path / "imported").exists()
+
+    def test_another_training_is_refused_after_the_targets_problems(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        submitted(tmp_path / "runs" / "toy", config, "stopped", step=5)
+        assert launch(config, "model.widht=2") == 2
+        assert "widht, did you mean width?" in capsys.readouterr().err
+
+
+def test_the_check_of_targets_is_told_on_a_terminal_and_wiped_out(config: Path) -> None:
+    code, said = launch_on_a_terminal("--dry-run", config)
+    words = "toy: checking the config's targets ..."
+    assert code == 0, said
+    assert said.startswith(words + "\r\x1b[2K"), said
+
+
+def test_ctrl_c_during_the_check_starts_nothing(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "toy.py").write_text("import time\ntime.sleep(60)\n" + LIGHT)
+    process = start(config)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "toy: checking the config's targets ...\n"  # after two seconds, no terminal
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+    assert code == 130, said
+    assert said == "toy: interrupted, nothing was started\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def ended(run: RunDir) -> dict[str, Any]:

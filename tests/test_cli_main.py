@@ -87,6 +87,13 @@ def test_config_errors_are_listed_with_their_count(
     )
 
 
+def test_only_the_config_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["launch"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith("the following arguments are required: cfg.yaml")
+
+
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     process = subprocess.Popen([*DTRAIN, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
     assert process.stdout is not None

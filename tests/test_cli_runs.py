@@ -121,6 +121,10 @@ class TestResolve:
         job = make_run(tmp_path / "runs" / "toy")
         assert resolve("toy", tmp_path)[0].plan == job.plan
 
+    def test_a_folder_of_runs_by_its_own_name(self, tmp_path: Path) -> None:
+        job = make_run(tmp_path / "runs" / "renamed")
+        assert resolve("renamed", tmp_path)[0].plan == job.plan
+
     def test_of_several_the_newest_and_says_so(self, tmp_path: Path) -> None:
         remember(make_run(tmp_path / "a", submitted_at=2000.0))
         remember(make_run(tmp_path / "b", job_id="local-2", submitted_at=1000.0))
@@ -137,8 +141,10 @@ class TestResolve:
 
     def test_near_names(self, tmp_path: Path) -> None:
         remember(make_run(tmp_path / "a", name="bytes-gpt"))
-        with pytest.raises(UsageError, match=r"Known labels: bytes-gpt\."):
+        with pytest.raises(UsageError, match=r"Similar: bytes-gpt\."):
             resolve("byte-gpt", tmp_path)
+        with pytest.raises(UsageError, match=r"no run has this label.*Known labels: bytes-gpt\."):
+            resolve("unlike", tmp_path)
         with pytest.raises(UsageError, match="no run has this label"):
             resolve("../..", tmp_path)
 
@@ -249,6 +255,9 @@ class TestLogs:
         assert capsys.readouterr().out.splitlines() == ["[1 10:00:02.000] b", "[1 10:00:04.000] d"]
         assert cli.main(["logs", "toy", "--attempt", "1"]) == 0
         assert capsys.readouterr().out == "[0 10:00:00.000] old\n"
+        assert cli.main(["logs", "toy", "--rank", "5"]) == 0
+        nothing = capsys.readouterr()
+        assert (nothing.out, nothing.err) == ("", "toy: rank 5 has not printed anything in attempt 2\n")
         assert cli.main(["logs", "toy", "--attempt", "7"]) == 2
         assert "Attempts with one: 1, 2." in capsys.readouterr().err
 

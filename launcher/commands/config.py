@@ -20,7 +20,9 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="cfg.yaml", help="the config file")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="set single values of the config")
+    parser.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", default=[], help="set single values of the config"
+    )
     parser.add_argument("--json", action="store_true", help='{"config": {...}, "origins": {"key.path": "file:line"}}')
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +25,7 @@ from dtrain.launcher.follow import Bookmark, bookmark, follow
 from dtrain.launcher.lease import Busy, launching
 from dtrain.launcher.plan import make_plan
 from dtrain.launcher.runs import Job, read_job
-from dtrain.launcher.screen import make_screen
+from dtrain.launcher.screen import make_screen, saying
 from dtrain.launcher.state import read_status
 from dtrain.launcher.submit import Settled, header, new_job_id, record, settle, submit
 from dtrain.launcher.targetcheck import check_targets
@@ -33,7 +35,9 @@ HELP = "Trains what the config describes, or continues it where its run director
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="cfg.yaml", help="the config file")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="set single values of the config")
+    parser.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", default=[], help="set single values of the config"
+    )
     parser.add_argument("--nodes", type=int, metavar="N", help="overrides cluster.nodes")
     parser.add_argument("--backend", metavar="B", help="overrides cluster.backend")
     parser.add_argument("--name", help="the run's label; left out: the config's, or the file's stem")
@@ -51,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     first = _load(args, name=args.name, run_dir=args.run_dir)
+    if args.here:
+        first = _as_one_rank(args, first)
     plan = _plan(args, first)
+    if (settled := _known_by_its_files(args, first, plan)) is not None:
+        return _say_nothing_to_do(plan, settled)
     with ExitStack() as preloaded:
         # It imports torch while everything is being checked; should nothing come of it, it goes without a trace.
         zygote = None if args.here or args.dry_run else get_backend(plan.backend).preload(plan)
@@ -71,16 +79,18 @@ def run(args: argparse.Namespace) -> int:
 def _submit(args: argparse.Namespace, first: LaunchConfig, zygote: Zygote | None) -> int | tuple[Job, Bookmark]:
     """An exit code where nothing is to be followed, else the job, and from where on its files tell of it."""
     plan = _plan(args, first)
-    problems = check_targets(first, plan.python, plan.sys_path, zygote=zygote)
+    try:
+        with saying(f"{plan.name}: checking the config's targets ..."):
+            problems = check_targets(first, plan.python, plan.sys_path, zygote=zygote)
+    except KeyboardInterrupt:
+        print(f"{plan.name}: interrupted, nothing was started", file=sys.stderr)
+        return exits.DETACHED
     if problems:
         raise ConfigError(problems)
     with ExitStack() as lease:
         config, plan, settled = _claim(args, first, lease)
-        if settled.decision.action == "refuse":
-            _refuse(plan, settled)
-        if settled.decision.action == "done":
-            print(f"{plan.name}: {' '.join(settled.decision.lines)}\n  run dir      {plan.run_dir}")
-            return exits.DONE
+        if settled.decision.action in ("refuse", "done"):
+            return _say_nothing_to_do(plan, settled)
         if args.dry_run:
             return _dry_run(plan, settled)
         since = bookmark(RunDir(plan.run_dir))
@@ -89,6 +99,36 @@ def _submit(args: argparse.Namespace, first: LaunchConfig, zygote: Zygote | None
         if not args.here:
             submit(job, zygote)
     return job, since
+
+
+def _as_one_rank(args: argparse.Namespace, asked: LaunchConfig) -> LaunchConfig:
+    """With --here the cluster's shape does not count, here and in every later look at the config."""
+    plan = _plan(args, asked)
+    if plan.world_size == 1:
+        return asked
+    shape = f"{plural(plan.nodes, 'node')} x {plural(plan.procs_per_node, 'process')}"
+    print(f"--here: one rank in this process, though the config asks for {shape}", file=sys.stderr)
+    args.nodes, args.overrides = 1, [*args.overrides, "cluster.procs_per_node=1"]
+    return _load(args, name=args.name, run_dir=args.run_dir)
+
+
+def _known_by_its_files(args: argparse.Namespace, config: LaunchConfig, plan: JobPlan) -> Settled | None:
+    """A run that is done or alive, which needs no look at the targets. What else speaks against the launch is said
+    after that look, so that all problems of a config come at once."""
+    if args.fresh:
+        return None
+    with contextlib.suppress(UsageError):
+        settled = _settle(args, config, plan)
+        return settled if settled.decision.final else None
+    return None
+
+
+def _say_nothing_to_do(plan: JobPlan, settled: Settled) -> int:
+    """Raises UsageError where the launch is refused."""
+    if settled.decision.action == "refuse":
+        _refuse(plan, settled)
+    print(f"{plan.name}: {' '.join(settled.decision.lines)}\n  run dir      {plan.run_dir}")
+    return exits.DONE
 
 
 def _refuse(plan: JobPlan, settled: Settled) -> NoReturn:
@@ -104,13 +144,7 @@ def _load(args: argparse.Namespace, *, name: str | None, run_dir: str | None) ->
 
 def _plan(args: argparse.Namespace, config: LaunchConfig) -> JobPlan:
     job_id = new_job_id("here" if args.here else config.cluster.backend)
-    plan = make_plan(config, job_id=job_id, argv=args.argv, cwd=os.getcwd())
-    if args.here and plan.world_size > 1:
-        raise UsageError(
-            f"--here runs one rank in this process, but the config asks for {plural(plan.nodes, 'node')} x "
-            f"{plural(plan.procs_per_node, 'process')}. Add: --nodes 1 cluster.procs_per_node=1"
-        )
-    return plan
+    return make_plan(config, job_id=job_id, argv=args.argv, cwd=os.getcwd())
 
 
 def _claim(args: argparse.Namespace, first: LaunchConfig, lease: ExitStack) -> tuple[LaunchConfig, JobPlan, Settled]:

@@ -45,8 +45,11 @@ def run(args: argparse.Namespace) -> int:
     if args.follow:
         return _follow(job, args.rank, args.attempt)
     attempt = attempts[-1] if args.attempt is None else args.attempt
+    shown = False
     for line in merge(LineParser().parse(_read(file)) for file in node_logs(job.run, attempt)):
-        _show(line, args.rank)
+        shown = _show(line, args.rank) or shown
+    if not shown:
+        _say_nothing_shown(job, args.rank, attempt)
     return exits.DONE
 
 
@@ -98,9 +101,18 @@ def _read(path: Path) -> Iterator[str]:
             yield line.removesuffix("\n")
 
 
-def _show(line: Line, rank: int | None) -> None:
-    if rank is None or line.global_rank == rank:
+def _show(line: Line, rank: int | None) -> bool:
+    """True when the line was wanted."""
+    wanted = rank is None or line.global_rank == rank
+    if wanted:
         print(line.text)
+    return wanted
+
+
+def _say_nothing_shown(job: Job, rank: int | None, attempt: int | None) -> None:
+    who = "no worker has" if rank is None else f"rank {rank} has not"
+    when = "" if attempt is None else f" in attempt {attempt}"
+    print(f"{job.plan.name}: {who} printed anything{when}", file=sys.stderr)
 
 
 def _follow(job: Job, rank: int | None, attempt: int | None) -> int:
@@ -108,14 +120,17 @@ def _follow(job: Job, rank: int | None, attempt: int | None) -> int:
     attempts = attempts_with_logs(job.run)
     first = attempt if attempt is not None else attempts[-1] if attempts else 0
     files: dict[Path, tuple[LineTail, LineParser]] = {}
+    shown = False
     while True:
         over = job.backend_state() == "gone"  # asked first, so that the last lines are not missed
         found = [a for a in attempts_with_logs(job.run) if a == attempt or (attempt is None and a >= first)]
         for each in found:
             for line in merge([_new_lines(path, files) for path in node_logs(job.run, each)]):
-                _show(line, rank)
+                shown = _show(line, rank) or shown
         sys.stdout.flush()
         if over:
+            if not shown:
+                _say_nothing_shown(job, rank, attempt)
             return exits.DONE
         for old in found[:-2]:  # nobody writes there any more; each open file counts in a run with many restarts
             for path in node_logs(job.run, old):
