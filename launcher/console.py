@@ -201,13 +201,13 @@ def _place(event: Event) -> list[str]:
 
 
 def _news(evidence: Sequence[Any], message: Sequence[str]) -> list[str]:
-    """The evidence's lines without an end that says the message again, with the exception's class or not."""
+    """The evidence's lines without an end that says the message again, be one of them with a few words before it."""
     lines = [line for entry in evidence for line in str(entry).rstrip("\n").splitlines()]
     if not message or len(lines) < len(message):
         return lines
     head, (first, *rest) = lines[: -len(message)], lines[-len(message) :]
-    repeated = (first == message[0] or first.endswith(f": {message[0]}")) and rest == list(message[1:])
-    return head if repeated else lines
+    same = first == message[0] or first.endswith(f": {message[0]}") or message[0].endswith(f": {first}")
+    return head if same and rest == list(message[1:]) else lines
 
 
 def without_message(reason: str, failure: Event | None) -> str:
@@ -217,6 +217,7 @@ def without_message(reason: str, failure: Event | None) -> str:
         return reason
     told = f"(?:{re.escape(message)}|{re.escape(message.splitlines()[0])})"
     rest = re.sub(rf"(?:; the last one: |: )?(?:(?:rank|node) \d+: )?{told}(?:\. )?", "", reason)
+    rest = rest.removesuffix(" at step 0")  # which is no step: before the first, or after the last
     return rest[:1].lower() + rest[1:]
 
 
@@ -250,6 +251,10 @@ def continue_command(argv: Sequence[str], launch_cwd: str, cwd: str, *, name: st
     )
 
 
+def _with_steps(again: str, steps: int) -> str:
+    return re.sub(r" train\.steps=\S+", "", again) + f" train.steps={steps}"
+
+
 def outcome_lines(
     ended: Mapping[str, Any],
     *,
@@ -269,7 +274,9 @@ def outcome_lines(
         "cancelled": [Said(f"cancelled{at}{why}", "bad")],
     }.get(str(state), [Said(f"{state}{at}{why}", "bad")])
     lines += [Said(f"  run dir      {run_dir}"), Said(f"  checkpoints  {url}")]
-    if state != "done":
+    if state == "done" and steps:
+        lines.append(Said(f"  train on:    {_with_steps(again, 2 * steps)}"))
+    elif state != "done":
         fix = "fix the cause, then " if ended.get("exit_code") == exits.NEVER_RETRY else ""
         lines.append(Said(f"  {fix}continue:  {again}"))
     return lines

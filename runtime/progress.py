@@ -29,6 +29,7 @@ class Phase(enum.IntEnum):
     EVALUATING = 6
     SAVING = 7
     FINISHING = 8
+    WAITING = 9  # for the other ranks, before a step
 
     def __str__(self) -> str:
         return self.name.lower()

@@ -102,6 +102,7 @@ def _agree(job: Training, step: int, micro_batches: list[MicroBatch] | None) -> 
     due = float(job.ranks.global_rank == 0 and job.saves.due(step))
     count = sum(micro.count for micro in micro_batches or ())
     job.progress.collective()
+    job.progress.phase(Phase.WAITING)  # told apart from reading data: who waits is not to blame for a hang
     stop, save_due, total = job.ranks.all_reduce([stops, due, count])
     return stop > 0, save_due > 0, total
 

@@ -152,6 +152,7 @@ def test_golden_plain_output(start: Start, run: RunDir) -> None:
     stream = io.StringIO()
     assert follow(job, PlainScreen(100, stream, slow_clock()), Bookmark()) == 0
     lines = [re.sub(r"  ETA .*", "", line) for line in stream.getvalue().splitlines()]
+    assert lines.pop().startswith("  train on:    dtrain launch ")
     steps = {step: f"step {step:3}/100  loss {5 - step / 100:.4f}  512 samples/s" for step in [1, *range(5, 101, 5)]}
     assert lines == [
         "attempt 1: 2 nodes, 2 ranks, from the beginning",

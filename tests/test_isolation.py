@@ -70,6 +70,7 @@ def in_ci(tmp_path_factory: pytest.TempPathFactory) -> str:
     return run_pytest(tmp_path_factory.mktemp("ci"), list(CASES), ci=True)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("name", "message"), [(name, message) for name, (_, message) in CASES.items()])
 def test_what_is_left_behind_fails_the_test(name: str, message: str, in_ci: str) -> None:
     assert failed(in_ci, name) == bool(message), in_ci
