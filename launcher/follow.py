@@ -225,7 +225,7 @@ def _show_stall(job: Job, screen: Screen, view: RunView) -> None:
     """A hang is silent: where the ranks are is known to their agents, and so to status.json."""
     waited_s = view.pace.overdue_s()
     status = None if waited_s is None else read_json(job.control.status)
-    if waited_s is not None and status is not None and status.get("state") == "running":
+    if waited_s is not None and status is not None and status.get("state") in ("running", "stopping"):
         screen.waiting(waited_s, stall_words(waited_s, status.get("workers") or [], job.plan.name))
     else:
         screen.waiting(0.0, "")

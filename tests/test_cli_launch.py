@@ -299,7 +299,9 @@ def test_of_launches_at_once_exactly_one_starts(real: Path, tmp_path: Path) -> N
         assert sorted(code for code, _ in results) == [0, 2, 2], results
         job = read_job(tmp_path / "runs" / "toy")
         assert job is not None
-        assert all(job.plan.job_id in said for _, said in results)
+        # A loser may also meet the other loser, which holds the lease while it is being refused.
+        told = (job.plan.job_id, "is being launched here at this moment")
+        assert all(any(words in said for words in told) for _, said in results), results
         assert len(list((tmp_path / "runs" / "toy" / "control").glob("local-*"))) == 1
     finally:
         cancel(tmp_path / "runs" / "toy")
@@ -310,7 +312,7 @@ def test_a_run_and_its_continuation(real: Path, tmp_path: Path) -> None:
     code, said = finish(start(real, "--nodes", "2"))
     assert code == 0, said
     lines = said.splitlines()
-    assert lines[0] == "toy: 2 nodes x 1 process, CPU, local"
+    assert "toy: 2 nodes x 1 process, CPU, local" in lines  # before it, the check of targets where that took a while
     assert "  starts from the beginning" in lines
     assert "checkpoint of step 15 committed" in said
     assert "done at step 20 of 20" in lines
