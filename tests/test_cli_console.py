@@ -222,7 +222,8 @@ def test_last_words() -> None:
         return "\n".join(said.text for said in lines)
 
     assert words(state="done", exit_code=0, step=300, reason="") == (
-        "done at step 300 of 300\n  run dir      /r\n  checkpoints  file:///r/c\n  train on:    dtrain launch a.yaml train.steps=600"
+        "done at step 300 of 300\n  run dir      /r\n  checkpoints  file:///r/c\n"
+        "  train on:    dtrain launch a.yaml train.steps=600"
     )
     assert words(state="stopped", exit_code=85, step=37, reason="SIGTERM").startswith(
         "stopped at step 37 of 300: SIGTERM"
