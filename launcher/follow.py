@@ -20,7 +20,7 @@ from dtrain.cluster import exits
 from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
 from dtrain.launcher.console import Said, continue_command, event_lines, outcome_lines, without_message
 from dtrain.launcher.departure import wait_until_gone
-from dtrain.launcher.pace import Pace, stall_words
+from dtrain.launcher.pace import Pace, is_work, stall_words
 from dtrain.launcher.runs import Job
 from dtrain.launcher.screen import Screen
 from dtrain.launcher.state import STARTING_S
@@ -225,8 +225,10 @@ def _show_stall(job: Job, screen: Screen, view: RunView) -> None:
     """A hang is silent: where the ranks are is known to their agents, and so to status.json."""
     waited_s = view.pace.overdue_s()
     status = None if waited_s is None else read_json(job.control.status)
-    if waited_s is not None and status is not None and status.get("state") in ("running", "stopping"):
-        screen.waiting(waited_s, stall_words(waited_s, status.get("workers") or [], job.plan.name))
+    workers = [] if status is None else status.get("workers") or []
+    stalls = status is not None and status.get("state") in ("running", "stopping")
+    if waited_s is not None and stalls and not is_work(waited_s, workers):
+        screen.waiting(waited_s, stall_words(waited_s, workers, job.plan.name))
     else:
         screen.waiting(0.0, "")
 

@@ -11,6 +11,8 @@ from dtrain.launcher.console import duration, plural
 
 PATIENCE_S = 10.0
 PATIENCE_STEPS = 10
+LONG_PHASES = frozenset({"evaluating", "saving", "finishing"})
+LONG_PATIENCE_S = 120.0
 _NAMED_RANKS = 8
 
 
@@ -37,6 +39,12 @@ class Pace:
         # The median: saves and evaluations do not count.
         middle = sorted(self._step_s)[len(self._step_s) // 2] if self._step_s else 0.0
         return waited_s if waited_s >= max(PATIENCE_S, PATIENCE_STEPS * middle) else None
+
+
+def is_work(waited_s: float, workers: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every rank is in a phase that may well take longer than steps do, and this is not much longer yet."""
+    long = bool(workers) and all(worker.get("phase") in LONG_PHASES for worker in workers)
+    return long and waited_s < LONG_PATIENCE_S
 
 
 def stall_words(waited_s: float, workers: Sequence[Mapping[str, Any]], name: str) -> str:

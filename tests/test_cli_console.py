@@ -20,7 +20,7 @@ from dtrain.launcher.console import (
     size,
     without_message,
 )
-from dtrain.launcher.pace import Pace, stall_words
+from dtrain.launcher.pace import Pace, is_work, stall_words
 from dtrain.launcher.screen import PlainScreen
 
 
@@ -275,6 +275,14 @@ def test_many_ranks_in_a_stall() -> None:
     assert stall_words(18.0, workers, "n") == words.format("rank 0 in data, 19 ranks in forward")
     assert stall_words(18.0, workers[:3], "n") == words.format("rank 0 in data, ranks 1, 2 in forward")
     assert stall_words(18.0, [], "n") == words.format("no worker is there")
+
+
+def test_an_evaluation_may_be_long_a_step_may_not() -> None:
+    evaluating, waiting = {"phase": "evaluating"}, {"phase": "waiting"}
+    assert is_work(18.0, [evaluating, evaluating])
+    assert not is_work(18.0, [evaluating, waiting])
+    assert not is_work(180.0, [evaluating, evaluating])
+    assert not is_work(18.0, [])
 
 
 def test_plain_screen_does_not_stay_silent_when_steps_are_slow() -> None:
