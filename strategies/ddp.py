@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
+from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, whole_model
 
 BUCKET_BYTES = 25 << 20  # DDP's default; the first bucket is small so that communication starts early
 FIRST_BUCKET_BYTES = 1 << 20
@@ -139,12 +139,7 @@ class Ddp:
         return ()
 
     def predict(self, model: ModelSpec, topology: Topology) -> Prediction:
-        return Prediction(
-            parameters=model.parameter_bytes,
-            gradients=model.parameter_bytes,
-            optimizer=model.optimizer_slots * model.parameter_bytes,
-            transient=0,
-        )
+        return whole_model(model)
 
     def materialize(
         self,

@@ -7,7 +7,7 @@ and the canonical state are common code that looks at the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,6 +60,16 @@ class ModelSpec:
     parameter_bytes: int
     largest_unit_bytes: int  # the largest module that is gathered at once
     optimizer_slots: int = 2  # tensors of parameter size that the optimizer keeps (Adam: 2)
+
+
+def whole_model(model: ModelSpec) -> Prediction:
+    """What a rank holds that holds everything."""
+    return Prediction(
+        parameters=model.parameter_bytes,
+        gradients=model.parameter_bytes,
+        optimizer=model.optimizer_slots * model.parameter_bytes,
+        transient=0,
+    )
 
 
 class GradientSync(Protocol):
@@ -138,6 +148,3 @@ class StepOptions:
     loss: Callable[[Any, Any, float], tuple[torch.Tensor, float]]  # (output, batch, count) -> sum, its true count
     all_reduce: Callable[[list[float]], list[float]]  # sums small vectors over all ranks, in float64
     on_phase: Callable[[str], None] = field(default=lambda phase: None)
-
-
-State = Mapping[str, Any]

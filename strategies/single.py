@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
+from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, whole_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +41,7 @@ class Single:
         )
 
     def predict(self, model: ModelSpec, topology: Topology) -> Prediction:
-        return Prediction(
-            parameters=model.parameter_bytes,
-            gradients=model.parameter_bytes,
-            optimizer=model.optimizer_slots * model.parameter_bytes,
-            transient=0,
-        )
+        return whole_model(model)
 
     def materialize(
         self,

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         zygote = None if args.here or args.dry_run else get_backend(plan.backend).preload(plan)
         if zygote is not None:
             preloaded.enter_context(zygote)
-        outcome = _submit(args, first, zygote)
+        outcome = _submit(args, first, plan, zygote)
     if isinstance(outcome, int):
         return outcome
     job, since = outcome
@@ -76,9 +76,10 @@ def run(args: argparse.Namespace) -> int:
     return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
 
 
-def _submit(args: argparse.Namespace, first: LaunchConfig, zygote: Zygote | None) -> int | tuple[Job, Bookmark]:
+def _submit(
+    args: argparse.Namespace, first: LaunchConfig, plan: JobPlan, zygote: Zygote | None
+) -> int | tuple[Job, Bookmark]:
     """An exit code where nothing is to be followed, else the job, and from where on its files tell of it."""
-    plan = _plan(args, first)
     try:
         with saying(f"{plan.name}: checking the config's targets ..."):
             problems = check_targets(first, plan.python, plan.sys_path, zygote=zygote)
