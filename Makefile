@@ -17,7 +17,8 @@ help: ## this list
 install: ## .venv with everything that the tests need; quick when nothing changed
 	@.ci/install
 
-demo: install ## the main job: 2 nodes on this machine train a byte-level GPT
+demo: ## the main job: 2 nodes on this machine train a byte-level GPT; installs no more than it needs
+	@.ci/install base
 	$(BIN)/dtrain launch examples/gpt.yaml
 
 test: install ## all tests: unit tests side by side, then whole runs one after the other
