@@ -35,6 +35,7 @@ from dtrain.runtime.build import build
 from dtrain.runtime.config import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, Target, TrainConfig
 from dtrain.runtime.data import Batches, BatchPlan, count_samples
 from dtrain.runtime.metrics import MetricsLog
+from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.progress import ProgressWriter
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import Reporter
@@ -47,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 WORLD_SIZE, BATCH_SIZE, RATE, CLIP = 2, 32, 1e-3, 1.0
 CONFIG = RunConfig(
     name="step-time",
-    model=Target(target="gpt.GPT", kwargs={"context": 64}),
+    model=ModelConfig(target=Target(target="gpt.GPT", kwargs={"context": 64})),
     data=DataConfig(train=Target(target="gpt.SourceText", kwargs={"context": 64}), batch_size=BATCH_SIZE),
     optimizer=OptimizerConfig(target=Target(target="torch.optim.AdamW", kwargs={"lr": RATE})),
     train=TrainConfig(steps=1_000_000, clip_grad_norm=CLIP),

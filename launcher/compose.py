@@ -10,7 +10,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,7 @@ def load_config(
         raise ConfigError(problems)
     layers = [file, words, *_option_layers(nodes=nodes, backend=backend, name=name, run_dir=run_dir)]
     merged, merge_problems = merge_layers(layers, expand)
-    tree, reference_problems = resolve_references(
-        fill_defaults(schema, merged), os.environ, {"run_dir": os.path.abspath, "checkpoint.url": _absolute_url}
-    )
+    tree, reference_problems = resolve_references(fill_defaults(schema, merged), os.environ, _ABSOLUTE)
     values, bind_problems = bind_fields(schema, tree)
     cross_problems = check_sections(
         values, lambda key: _place(tree, key, os.fspath(path)), gpus=count_gpus(), cores=usable_cores()
@@ -127,6 +125,13 @@ def _option_layers(**options: str | int | None) -> list[Node]:
 
 def _absolute_url(url: str) -> str:
     return url if "://" in url or not url else os.path.abspath(url)
+
+
+# What a relative path starts at must not depend on where a node's processes are started.
+_ABSOLUTE: dict[str, Callable[[str], str]] = {
+    "run_dir": os.path.abspath,
+    **dict.fromkeys(("checkpoint.url", "model.init_from", "model.init_from.url"), _absolute_url),
+}
 
 
 def _build(path: str, tree: Node, values: dict[str, Any]) -> LaunchConfig:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dtrain.cluster.bind import MISSING, FieldSpec, Schema, arms_of, plain, schema_of
 from dtrain.cluster.configfile import dump_yaml
 from dtrain.launcher.compose import launch_schema
-from dtrain.runtime.config import OptimizerConfig, Target
+from dtrain.runtime.config import Target
 
 _HEAD = """\
 # The config file
@@ -37,6 +37,9 @@ def render() -> str:
     parts = [_HEAD, "## Top level\n", _table(schema)]
     for name, cls in sections.items():
         parts += [f"## {name}\n", _short(cls), _table(_keys(cls))]
+        inner = {key: found for key, spec in schema_of(cls).items() if (found := _section(spec.hint))}
+        for key, found in inner.items():
+            parts += [f"### {name}.{key}\n", _short(found), _table(_keys(found))]
     return "\n".join(part for part in parts if part)
 
 
@@ -47,8 +50,8 @@ def _section(hint: Any) -> type | None:
 
 
 def _keys(cls: type) -> Schema:
-    schema = schema_of(cls)
-    return {"_target_": schema["target"], "groups": schema["groups"]} if cls is OptimizerConfig else schema
+    """A field `target` is written as keys of the section itself."""
+    return {"_target_" if name == "target" else name: spec for name, spec in schema_of(cls).items()}
 
 
 def _short(cls: type) -> str:

@@ -85,7 +85,7 @@ def target_checks(config: LaunchConfig) -> list[TargetCheck]:
     run = config.run
     schedule = run.schedule if isinstance(run.schedule, Target) else None
     table: tuple[tuple[str, Target | None, int, bool], ...] = (
-        ("model", run.model, 0, False),
+        ("model", run.model.target, 0, False),
         ("data.train", run.data.train, 0, False),
         ("data.eval", run.data.eval, 0, False),
         ("data.collate", run.data.collate, 1, True),

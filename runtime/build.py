@@ -13,8 +13,9 @@ from torch import nn
 
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
-from dtrain.runtime.config import OptimizerConfig, RunConfig, Target
+from dtrain.runtime.config import OptimizerConfig, RunConfig
 from dtrain.runtime.data import seed_everything
+from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.ranks import Ranks
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.fsdp import units
@@ -33,18 +34,34 @@ class Chosen:
     num_parameters: int
 
 
-def build_model(target: Target, seed: int) -> nn.Module:
-    """On CPU, the same bits on every rank. Raises UsageError for what is no module."""
+def build_model(config: ModelConfig, seed: int) -> nn.Module:
+    """On CPU, the same bits on every rank. Raises UsageError for what is no module, or has nothing to train."""
     seed_everything(seed)
-    model = targets.build(target)
+    name = config.target.target
+    model = targets.build(config.target)
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model: {target.target} returned {type(model).__name__}, not a torch.nn.Module")
+        raise UsageError(f"model: {name} returned {type(model).__name__}, not a torch.nn.Module")
+    _freeze(model, config.frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(f"model: {target.target} has no parameter that requires a gradient")
+        frozen = " that model.frozen leaves" if config.frozen else ""
+        raise UsageError(f"model: {name} has no parameter that requires a gradient{frozen}")
     for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
         if tensor.dtype not in DTYPES:
             raise UsageError(f"model: {name} is {tensor.dtype}, which checkpoints can't hold")
     return model
+
+
+def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """A tied parameter is frozen under any of its names. Raises UsageError for a pattern that matches nothing."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        matching = [parameter for name, parameter in named if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise UsageError(
+                f"model.frozen: {pattern!r} matches no parameter. There are: {', '.join(n for n, _ in named[:12])}"
+            )
+        for parameter in matching:
+            parameter.requires_grad_(False)
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """The sections that the runtime owns: model, data, optimizer, schedule, train, checkpoint, recovery.
 
-A Target stands for a callable of the user's: `_target_` names it, the other keys are passed to it as keywords.
-Reading a file of a person's (layers, references, every check) is launcher/compose.py's.
+How a callable of the user's is named is targetconfig.py's, the model section modelconfig.py's. Reading a file of a
+person's (layers, references, every check) is launcher/compose.py's.
 """
 
 from __future__ import annotations
@@ -12,51 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from dtrain.cluster.bind import bind, bind_fields, schema_of
-from dtrain.cluster.configfile import Node, describe, is_broken, read_file, to_plain, walk
+from dtrain.cluster.configfile import Node, describe, is_broken, read_file, to_plain
 from dtrain.cluster.errors import ConfigError, Problem
 from dtrain.cluster.layers import TARGET_KEY
+from dtrain.runtime.modelconfig import ModelConfig
+from dtrain.runtime.targetconfig import Target as Target
 from dtrain.strategies.config import StrategyConfig
 
-_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 _UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """`{_target_: package.module.name, key: value, ...}`; `package.module.name` alone where there are no keywords."""
-
-    SHORT: ClassVar[str] = TARGET_KEY
-    MARK: ClassVar[str] = TARGET_KEY
-
-    target: str
-    kwargs: dict[str, Any]
-    where: str = field(default="", compare=False)  # file:line, for messages
-
-    @classmethod
-    def from_node(cls, node: Node, key: str) -> tuple[Target | None, list[Problem]]:
-        assert isinstance(node.value, dict)
-        problems: list[Problem] = []
-        name = node.value.get(TARGET_KEY)
-        target_key = f"{key}.{TARGET_KEY}" if key else TARGET_KEY
-        if name is None:
-            message = f"is required and missing. Name a callable: {TARGET_KEY}: package.module.name"
-            problems.append(Problem(where=node.where, key=target_key, message=message))
-        elif not isinstance(name.value, str) or not _DOTTED.fullmatch(name.value):
-            message = f"expects a dotted name like package.module.name, found {describe(name)}."
-            problems.append(Problem(where=name.where, key=target_key, message=message))
-        for path, child in walk(node):
-            if len(path) > 1 and path[-1] == TARGET_KEY:
-                message = "is inside another target, and nested targets are not built. Build it inside your callable."
-                problems.append(Problem(where=child.where, key=".".join((key, *path)), message=message))
-        if name is None or problems or is_broken(node):
-            return None, problems
-        kwargs = {word: to_plain(child) for word, child in node.value.items() if word != TARGET_KEY}
-        return cls(target=str(name.value), kwargs=kwargs, where=name.where), problems
-
-    def to_plain(self) -> dict[str, Any]:
-        return {TARGET_KEY: self.target, **self.kwargs}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +200,7 @@ class RunConfig:
     """All that a worker needs to train: what crosses to the nodes as config.yaml."""
 
     name: str = field(metadata={"doc": "a label; left out: the file's stem", "validate": check_name})
-    model: Target = field(metadata={"doc": "callable -> `torch.nn.Module`"})
+    model: ModelConfig = field(metadata={"doc": "a target, callable -> `torch.nn.Module`; `init_from` and `frozen`"})
     data: DataConfig = field(metadata={"doc": "what is learned from"})
     optimizer: OptimizerConfig = field(metadata={"doc": "a target, called with the parameters first; and `groups`"})
     train: TrainConfig = field(metadata={"doc": "how long, and with which numbers"})

@@ -55,8 +55,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_sections(tmp_path: Path) -> None:
     config = load_config("cfg.yaml", nodes=2)
     assert (config.name, config.run_dir, config.path) == ("cfg", f"{tmp_path}/out/cfg", f"{tmp_path}/cfg.yaml")
-    assert config.run.model == Target(target="m.Net", kwargs={"width": 8, "sizes": [1, 2], "extra": {"a": None}})
-    assert config.run.model.where == "cfg.yaml:2"
+    assert config.run.model.target == Target(target="m.Net", kwargs={"width": 8, "sizes": [1, 2], "extra": {"a": None}})
+    assert config.run.model.target.where == "cfg.yaml:2"
     assert config.run.data.train == Target(target="m.Data", kwargs={})
     assert config.run.optimizer == OptimizerConfig(
         target=Target(target="torch.optim.AdamW", kwargs={"lr": 1e-4}),
@@ -117,7 +117,7 @@ def test_references_see_defaults_and_the_absolute_run_dir(tmp_path: Path) -> Non
     config = load_config("cfg.yaml", ["name=n${cluster.nodes}-${schedule.warmup}", "model.width=${data.batch_size}",
                                       "checkpoint.url=${run_dir}/c"], nodes=3)  # fmt: skip
     assert config.name == "n3-0"
-    assert config.run.model.kwargs["width"] == 8
+    assert config.run.model.target.kwargs["width"] == 8
     assert config.run.checkpoint.url == f"{tmp_path}/out/n3-0/c"
     assert load_config("cfg.yaml", ["checkpoint.url=kept/here"]).run.checkpoint.url == f"{tmp_path}/kept/here"
     assert load_config("cfg.yaml", ["checkpoint.url=file:///kept"]).run.checkpoint.url == "file:///kept"
@@ -134,7 +134,7 @@ def test_resolved_config_is_read_back_equal(tmp_path: Path) -> None:
     words = [f"model.{key}={json.dumps(value).replace('${', '$${')}" for key, value in AWKWARD.items()]
     config = load_config("cfg.yaml", words)
     home = {"d": os.path.expanduser("~/x")}
-    assert {key: config.run.model.kwargs[key] for key in AWKWARD} == AWKWARD | home
+    assert {key: config.run.model.target.kwargs[key] for key in AWKWARD} == AWKWARD | home
     (tmp_path / "resolved.yaml").write_text(dump_resolved(config))
     assert read_run_config(tmp_path / "resolved.yaml") == (config.run, config.strategy)
     assert load_config("resolved.yaml", ["model.c=x"]).cluster == config.cluster
