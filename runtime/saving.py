@@ -9,9 +9,9 @@ from typing import Any
 
 from dtrain.cluster.errors import CheckpointError, StorageError
 from dtrain.cluster.storage import Storage
+from dtrain.runtime.checkpoint.checkpointer import Checkpointer
 from dtrain.runtime.checkpoint.manifest import Manifest
 from dtrain.runtime.checkpoint.read import read_manifest
-from dtrain.runtime.checkpoint.save import Checkpointer
 from dtrain.runtime.checkpoint.share import load_shared
 from dtrain.runtime.config import Interval
 from dtrain.runtime.ranks import Ranks

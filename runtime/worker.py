@@ -21,7 +21,7 @@ from dtrain.cluster.storage import Storage, open_storage
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime import targets
 from dtrain.runtime.build import Chosen, build, has_batch_statistics
-from dtrain.runtime.checkpoint.save import Checkpointer, Committed
+from dtrain.runtime.checkpoint.checkpointer import Checkpointer, Committed
 from dtrain.runtime.config import RunConfig, Target, parse_interval, read_run_config
 from dtrain.runtime.data import (
     Batches,

@@ -16,7 +16,7 @@ from dtrain.launcher.commands import ckpt
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import claim_attempt
 from dtrain.runtime.checkpoint.board import LocalBoard
-from dtrain.runtime.checkpoint.save import Checkpointer
+from dtrain.runtime.checkpoint.checkpointer import Checkpointer
 from dtrain.strategies.boxes import TensorSpec, replicated, whole
 
 

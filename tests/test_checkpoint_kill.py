@@ -15,7 +15,7 @@ import torch
 
 from dtrain.cluster.filestore import FileStorage
 from dtrain.runtime.checkpoint.attempts import live_checkpoints, newest_live
-from dtrain.runtime.checkpoint.load import load_tensors
+from dtrain.runtime.checkpoint.loader import load_tensors
 from dtrain.runtime.checkpoint.read import read_manifest
 from dtrain.runtime.checkpoint.verify import verify_checkpoint
 from dtrain.strategies.boxes import whole
@@ -29,7 +29,7 @@ import sys, torch
 from dtrain.cluster.filestore import FileStorage
 from dtrain.runtime.checkpoint.attempts import claim_attempt
 from dtrain.runtime.checkpoint.board import LocalBoard
-from dtrain.runtime.checkpoint.save import Checkpointer
+from dtrain.runtime.checkpoint.checkpointer import Checkpointer
 from dtrain.strategies.boxes import TensorSpec, replicated, whole
 
 torch.set_num_threads(1)

@@ -17,11 +17,11 @@ from dtrain.cluster.storage import ObjectInfo
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import claim_attempt, live_checkpoints
 from dtrain.runtime.checkpoint.board import LocalBoard
-from dtrain.runtime.checkpoint.load import load_tensors
+from dtrain.runtime.checkpoint.checkpointer import Checkpointer
+from dtrain.runtime.checkpoint.loader import load_tensors
 from dtrain.runtime.checkpoint.manifest import decode_manifest, encode_manifest
 from dtrain.runtime.checkpoint.read import read_manifest
 from dtrain.runtime.checkpoint.retention import apply_retention
-from dtrain.runtime.checkpoint.save import Checkpointer
 from dtrain.runtime.checkpoint.verify import verify_checkpoint
 from dtrain.strategies.boxes import TensorSpec, replicated, whole
 

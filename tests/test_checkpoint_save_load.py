@@ -20,10 +20,10 @@ from dtrain.cluster.filestore import FileStorage, FileWriter
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import claim_attempt, live_checkpoints, newest_live
 from dtrain.runtime.checkpoint.board import LocalBoard
+from dtrain.runtime.checkpoint.checkpointer import Checkpointer, Committed, Local
 from dtrain.runtime.checkpoint.index import BLOCK_BYTES
-from dtrain.runtime.checkpoint.load import load_model, load_tensors
+from dtrain.runtime.checkpoint.loader import load_model, load_tensors
 from dtrain.runtime.checkpoint.read import read_manifest
-from dtrain.runtime.checkpoint.save import Checkpointer, Committed, Local
 from dtrain.runtime.checkpoint.torchtypes import DTYPE_NAMES
 from dtrain.runtime.checkpoint.verify import verify_checkpoint
 from dtrain.strategies.boxes import Box, Layout, TensorSpec, grid_boxes, replicated, sharded, whole

@@ -13,9 +13,9 @@ from dtrain.cluster.filestore import FileStorage
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo, claim_attempt, live_checkpoints
 from dtrain.runtime.checkpoint.board import LocalBoard
+from dtrain.runtime.checkpoint.checkpointer import Checkpointer
 from dtrain.runtime.checkpoint.index import FileIndex
 from dtrain.runtime.checkpoint.read import read_index, read_manifest
-from dtrain.runtime.checkpoint.save import Checkpointer
 from dtrain.runtime.checkpoint.verify import verify_checkpoint
 from dtrain.strategies.boxes import TensorSpec, replicated, whole
 

@@ -1,6 +1,6 @@
 """Loading where ranks hold the same tensors: each byte leaves the store once, and goes to the others from rank to rank.
 
-What is dealt out to whom is what a save would deal: a pure function of the specs. Reading and verifying is load.py's.
+What is dealt out to whom is what a save would deal: a pure function of the specs. Reading and verifying is loader.py's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from dtrain.cluster.errors import CorruptCheckpoint
 from dtrain.cluster.storage import Storage
 from dtrain.runtime.checkpoint.dtypes import item_bytes
-from dtrain.runtime.checkpoint.load import Request, load_tensors
+from dtrain.runtime.checkpoint.loader import Request, load_tensors
 from dtrain.runtime.checkpoint.manifest import Manifest
 from dtrain.runtime.checkpoint.plan import manifest_tensors
 from dtrain.runtime.checkpoint.ranges import pieces

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dtrain.cluster.filestore import FileStorage
 from dtrain.runtime.buffers import SharedBuffers
 from dtrain.runtime.checkpoint import share
-from dtrain.runtime.checkpoint.save import Checkpointer
+from dtrain.runtime.checkpoint.checkpointer import Checkpointer
 from dtrain.runtime.order import rank_slice
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.saving import restore
