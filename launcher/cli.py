@@ -49,7 +49,7 @@ COMMANDS = (
     Command(name="attach", help="follow a run that is going on"),
     Command(name="cancel", help="stop a run and mark it cancelled (launch goes on from there)"),
     Command(name="stack", help="where each rank of a run is in its code"),
-    Command(name="ckpt", help="list and verify checkpoints"),
+    Command(name="ckpt", help="list, show, verify and tidy up checkpoints"),
 )
 
 

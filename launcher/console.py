@@ -52,7 +52,7 @@ def rate(per_s: float) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 'es' if word.endswith('s') else 's'}"
+    return f"{count} {word}{'' if count == 1 else 'es' if word.endswith(('s', 'x')) else 's'}"
 
 
 def number(record: Mapping[str, Any], key: str) -> str:

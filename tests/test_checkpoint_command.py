@@ -1,4 +1,4 @@
-"""`dtrain ckpt ls` and `dtrain ckpt verify`, as a person or a script calls them."""
+"""`dtrain ckpt ls`, `show` and `verify`, as a person or a script calls them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 
 from dtrain.cluster.errors import CheckpointError, UsageError
 from dtrain.cluster.filestore import FileStorage
-from dtrain.launcher.commands import ckpt
+from dtrain.launcher.commands import ckpt, ckpt_show
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import claim_attempt
 from dtrain.runtime.checkpoint.board import LocalBoard
 from dtrain.runtime.checkpoint.checkpointer import Checkpointer
-from dtrain.strategies.boxes import TensorSpec, replicated, whole
+from dtrain.runtime.checkpoint.manifest import BoxesRule, GridRule, TensorInfo
+from dtrain.strategies.boxes import Box, TensorSpec, replicated, whole
 
 
 def run(*words: str) -> int:
@@ -74,6 +75,7 @@ def test_ls_json_is_the_documented_record(store: FileStorage, capsys: pytest.Cap
         "url": f"{store.url}/step-00000001-a0001",
         "strategy": "ddp",
         "world_size": 1,
+        "damage": None,
     }
 
 
@@ -84,9 +86,59 @@ def test_ls_for_a_person(store: FileStorage, capsys: pytest.CaptureFixture[str])
     assert store.url in lines[0]
     assert lines[1].split() == ["STEP", "ATTEMPT", "STATE", "SIZE", "STRATEGY", "RANKS", "COMMITTED"]
     assert lines[2].split()[:3] == ["1", "1", "live"]
-    assert lines[3].split()[:4] == ["2", "1", "dead", "damaged"]
+    assert lines[3].split()[:5] == ["2", "1", "dead,", "damaged", "?"]
     assert lines[4].split()[:3] == ["2", "2", "newest"]
-    assert "never loaded" in lines[5]
+    assert lines[5] == "damaged: step-00000002-a0001: manifest.json is damaged: its content does not match its digest"
+    assert "never loaded" in lines[6]
+
+
+def test_ls_says_what_is_missing(store: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step that lacks a file is not where a run goes on."""
+    directory = store.root / names.step_dir(2, 2)
+    (directory / "rank-00000.index.json").unlink()
+    with (directory / "rank-00000.safetensors").open("ab") as file:
+        file.write(b"more")
+    assert run("ls", "runs/x") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["1", "1", "newest"]
+    assert lines[4].split()[:4] == ["2", "2", "live,", "damaged"]
+    assert lines[5].startswith(f"damaged: {directory.name}: rank-00000.safetensors has ")
+    assert lines[6] == f"damaged: {directory.name}: rank-00000.index.json is missing"
+    assert run("ls", "runs/x", "--json") == 0
+    row = printed(capsys)[-1]
+    assert row["live"]
+    assert row["damage"].endswith("; rank-00000.index.json is missing")
+
+
+def test_show_says_what_a_checkpoint_holds(store: FileStorage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "runs/x") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{store.url}/step-00000002-a0002"
+    assert "step 2 of attempt 2" in lines[1]
+    assert lines[1].endswith("live")
+    assert lines[-1].split() == ["model.w", "F32", "10", "40", "B", "whole,", "by", "rank", "0"]
+    assert run("show", "runs/x", "--step", "1", "--json") == 0
+    found = printed(capsys)
+    assert (found["step"], found["attempt"], found["damage"]) == (1, 1, None)
+    assert found["tensors"] == [
+        {"name": "model.w", "dtype": "F32", "shape": [10], "bytes": 40, "layout": "whole, by rank 0"}
+    ]
+    assert [file["key"] for file in found["files"]] == ["step-00000001-a0001/rank-00000.safetensors"]
+    (store.root / found["files"][0]["key"]).unlink()
+    assert run("show", "runs/x", "--step", "1") == 0
+    assert "  DAMAGED: rank-00000.safetensors is missing" in capsys.readouterr().out
+
+
+LAYOUTS: dict[str, GridRule | BoxesRule] = {
+    "whole, by rank 0": GridRule(parts=(1, 1), writers=((0, 1),)),
+    "4 x 1 parts, by ranks 0-1, 6-7": GridRule(parts=(4, 1), writers=((6, 2), (0, 2))),
+    "2 boxes, by ranks 0, 2": BoxesRule(boxes=((0, Box((0, 0), (1, 8))), (2, Box((1, 0), (3, 8))))),
+}
+
+
+@pytest.mark.parametrize("words", LAYOUTS)
+def test_a_layout_in_words(words: str) -> None:
+    assert ckpt_show.layout_words(TensorInfo(dtype="F32", shape=(4, 8), layout=LAYOUTS[words])) == words
 
 
 def test_nothing_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,12 @@ from dtrain.cluster import exits
 from dtrain.cluster.filestore import FileStorage
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
-from dtrain.launcher.commands import ckpt
+from dtrain.launcher.commands import ckpt_ls, ckpt_show
 from dtrain.launcher.runs import Job
 from dtrain.launcher.state import ACTIVE, WORKER_KEYS, documented, read_status
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo
+from dtrain.runtime.checkpoint.manifest import GridRule, Manifest, TensorInfo
+from dtrain.runtime.checkpoint.survey import Surveyed
 from dtrain.runtime.culprit import Failure
 from dtrain.runtime.decide import State
 
@@ -80,8 +82,20 @@ def test_event_types() -> None:
 
 def test_ckpt_ls_keys(tmp_path: Path) -> None:
     info = CheckpointInfo(step=1, attempt=1, live=True, dir="step-00000001-a0001", committed_at=1.0)
-    row = ckpt._row(FileStorage(str(tmp_path)), info)
+    row = ckpt_ls.row(FileStorage(str(tmp_path)), Surveyed(info=info, manifest=None, damages=()))
     assert sorted(first_column(tables("ckpt ls --json")[0])) == sorted(row)
+
+
+def test_ckpt_show_keys(tmp_path: Path) -> None:
+    info = CheckpointInfo(step=1, attempt=1, live=True, dir="step-00000001-a0001", committed_at=1.0)
+    tensor = TensorInfo(dtype="F32", shape=(4,), layout=GridRule(parts=(1,), writers=((0, 1),)))
+    manifest = Manifest(
+        step=1, attempt=1, created_at=1.0, world_size=1, strategy={}, tensors={"model.w": tensor}, files=(), state={}
+    )
+    found = ckpt_show.record(FileStorage(str(tmp_path)), info, manifest)
+    keys, of_tensors = tables("ckpt show --json")
+    assert sorted(first_column(keys)) == sorted(found)
+    assert sorted(first_column(of_tensors)) == sorted(found["tensors"][0])
 
 
 def test_metrics_keys() -> None:

@@ -16,32 +16,48 @@ LEASE_S = 3600.0  # a file younger than this may belong to a save that is still 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deleted:
+class Deletion:
+    """What is to go: first these checkpoints' manifests, in this order, then the files."""
+
     checkpoints: tuple[CheckpointInfo, ...]
-    keys: tuple[str, ...]  # of files, manifests not among them
+    files: tuple[ObjectInfo, ...]  # manifests not among them
+    expired_before: float  # uncommitted uploads older than this go too; seconds since the epoch, by the store's clock
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
 
 
-def apply_retention(storage: Storage, *, keep: int, attempt: int | None = None, lease_s: float = LEASE_S) -> Deleted:
+def apply_retention(storage: Storage, *, keep: int, attempt: int | None = None, lease_s: float = LEASE_S) -> Deletion:
     """Keeps the newest `keep` live checkpoints. `attempt`: who asks; raises FencedError where a newer one has begun."""
-    infos = live_checkpoints(storage)
-    kept, doomed = _divide(infos, keep)
-    named = _named_keys(storage, kept)
+    kept, doomed = _divide(live_checkpoints(storage), keep)
+    deletion = plan_deletion(storage, kept, doomed, lease_s=lease_s)
     if attempt is not None:
         check_fence(storage, attempt)
-    for info in doomed:
-        storage.delete(names.manifest_key(info.dir))
+    carry_out(storage, deletion)
+    return deletion
+
+
+def plan_deletion(
+    storage: Storage, kept: Sequence[CheckpointInfo], doomed: Sequence[CheckpointInfo], *, lease_s: float = LEASE_S
+) -> Deletion:
+    """`kept` and `doomed`, the one to go first in front, are all that is committed. Deletes nothing."""
+    named = named_keys(storage, kept)
     objects = list(storage.list("step-"))
     # By the store's clock: the newest object, as a rule our own commit, was written about now.
     expired_before = max((info.modified_at for info in objects), default=0.0) - lease_s
     emptied = {info.dir for info in doomed}
     newest = newest_attempt(storage)
-    keys = [
-        info.key for info in objects if info.key not in named and _is_garbage(info, emptied, newest, expired_before)
-    ]
-    for key in keys:
-        storage.delete(key)
-    storage.discard_uploads("", expired_before)
-    return Deleted(checkpoints=tuple(doomed), keys=tuple(keys))
+    files = [info for info in objects if info.key not in named and _is_garbage(info, emptied, newest, expired_before)]
+    return Deletion(checkpoints=tuple(doomed), files=tuple(files), expired_before=expired_before)
+
+
+def carry_out(storage: Storage, deletion: Deletion) -> None:
+    for info in deletion.checkpoints:
+        storage.delete(names.manifest_key(info.dir))
+    for file in deletion.files:
+        storage.delete(file.key)
+    storage.discard_uploads("", deletion.expired_before)
 
 
 def _divide(infos: Sequence[CheckpointInfo], keep: int) -> tuple[list[CheckpointInfo], list[CheckpointInfo]]:
@@ -51,7 +67,7 @@ def _divide(infos: Sequence[CheckpointInfo], keep: int) -> tuple[list[Checkpoint
     return kept, [info for info in infos if info not in kept]
 
 
-def _named_keys(storage: Storage, kept: Sequence[CheckpointInfo]) -> set[str]:
+def named_keys(storage: Storage, kept: Sequence[CheckpointInfo]) -> set[str]:
     """What the kept checkpoints need. A damaged one can't say: its own directory is left as it is."""
     keys = set()
     for info in kept:
