@@ -101,7 +101,7 @@ def dump_yaml(value: Any, *, flow: bool = False) -> str:
 # ---- reading ----
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[Node | None, list[Problem]]:
+def read_file(path: str | os.PathLike[str], *, may_be_empty: bool = False) -> tuple[Node | None, list[Problem]]:
     """The tree of a YAML file that holds a mapping; None where nothing could be read. `path` is named as given."""
     origin = os.fspath(path)
     try:
@@ -116,6 +116,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Node | None, list[Problem]]
     node, problems = read_text(text, origin)
     if node is None or isinstance(node.value, dict | Broken):
         return (replace(node, where=origin) if node else None), problems
+    if node.value is None and may_be_empty:
+        return Node({}, origin), problems
     if node.value is None:
         found = "the file is empty. A config needs at least model, data, optimizer and train."
     else:

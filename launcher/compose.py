@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.cluster.bind import FieldSpec, Schema, bind_fields, expand_short_forms, fill_defaults, plain, schema_of
-from dtrain.cluster.configfile import DEFAULT, Node, dump_yaml, read_file
+from dtrain.cluster.configfile import DEFAULT, Node, dump_yaml
 from dtrain.cluster.devices import count_gpus, usable_cores
 from dtrain.cluster.errors import ConfigError, Problem
 from dtrain.cluster.jobplan import ClusterConfig
 from dtrain.cluster.layers import layer_of, merge_layers, parse_overrides
 from dtrain.cluster.references import resolve_references
 from dtrain.launcher.checks import check_sections
+from dtrain.launcher.sources import misplaced_extends, read_sources
 from dtrain.runtime.config import RunConfig, check_name
 from dtrain.strategies.config import StrategyConfig
 
@@ -79,20 +80,22 @@ def load_config(
     name: str | None = None,
     run_dir: str | None = None,
 ) -> LaunchConfig:
-    """Raises ConfigError. Options win over `overrides`, which win over the file; relative paths start at the working
-    directory."""
+    """Raises ConfigError. Options win over `overrides`, which win over the file, then what it extends, then the site's
+    files (launcher/sources.py); relative paths start at the working directory."""
     schema = launch_schema(label_of(Path(path).stem))
 
     def expand(node: Node) -> Node:
         return expand_short_forms(schema, node)
 
-    file, problems = read_file(path)
+    sources = read_sources(path, os.environ)
     words, word_problems = parse_overrides(overrides, expand)
-    problems = [*problems, *word_problems]
-    if file is None:
+    words, extends_problems = misplaced_extends(words)
+    problems = [*sources.problems, *word_problems, *extends_problems]
+    if not sources.complete:
         raise ConfigError(problems)
-    layers = [file, words, *_option_layers(nodes=nodes, backend=backend, name=name, run_dir=run_dir)]
+    layers = [*sources.layers, words, *_option_layers(nodes=nodes, backend=backend, name=name, run_dir=run_dir)]
     merged, merge_problems = merge_layers(layers, expand)
+    merged = replace(merged, where=os.fspath(path))  # what is missing is missing in the config, not in a site's file
     tree, reference_problems = resolve_references(fill_defaults(schema, merged), os.environ, _ABSOLUTE)
     values, bind_problems = bind_fields(schema, tree)
     cross_problems = check_sections(
@@ -100,7 +103,7 @@ def load_config(
     )
     problems += [*merge_problems, *reference_problems, *bind_problems, *cross_problems]
     if problems:
-        raise ConfigError(_in_order(problems, os.fspath(path)))
+        raise ConfigError(_in_order(problems, os.fspath(path), sources.files))
     return _build(os.path.abspath(path), tree, values)
 
 
@@ -163,15 +166,15 @@ def _place(tree: Node, key: str, otherwise: str) -> str:
     return place
 
 
-def _in_order(problems: Sequence[Problem], path: str) -> list[Problem]:
-    """By line of the file, then the rest; each once. What goes wrong with a default is the file's to change."""
+def _in_order(problems: Sequence[Problem], path: str, files: Sequence[str]) -> list[Problem]:
+    """By file and line, then the rest; each once. What goes wrong with a default is the config's to change."""
     placed = dict.fromkeys(replace(p, where=path) if p.where in (DEFAULT, "") else p for p in problems)
 
     def line(problem: Problem) -> tuple[int, int]:
         file, _, number = problem.where.rpartition(":")
-        if file == path and number.isdigit():
-            return 0, int(number)
-        return (0, 0) if problem.where == path else (1, 0)
+        if file in files and number.isdigit():
+            return files.index(file), int(number)
+        return (files.index(problem.where), 0) if problem.where in files else (len(files), 0)
 
     return sorted(placed, key=line)
 

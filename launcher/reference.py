@@ -26,6 +26,10 @@ Written by `python -m dtrain.launcher.reference` from the dataclasses of the cod
   the home directory; `$${` is a literal `${`. The run directory's config.yaml has them written out: keep secrets away.
 - **Command line.** `key.path=value` sets single values, list items by number: `optimizer.groups.0.weight_decay=0.1`.
   A mapping merges key by key; another `_target_` drops the keywords of the one before it.
+- **Layers**, weakest first: the site's files, what the file `extends`, the file, the command line. `extends: base.yaml`
+  (or a list of files) stands at the top level; its paths start at the folder of the file that says it, and a base may
+  extend another. The site's files are /etc/dtrain/site.yaml (`DTRAIN_SITE` names another one) and
+  ~/.config/dtrain/site.yaml; they set only `cluster`, `run_dir`, `checkpoint.url` and `track`. A list replaces a list.
 - **Paths** that are relative start at the working directory.
 """
 

@@ -54,6 +54,7 @@ def isolated(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.setenv(MARKER, test_id)
         patch.setenv("HOME", str(home))
         patch.setenv("TMPDIR", str(temporary))
+        patch.setenv("DTRAIN_SITE", "")  # none of this machine's
         patch.setattr(tempfile, "tempdir", None)
         for name, folder in (("STATE", ".local/state"), ("CONFIG", ".config"), ("CACHE", ".cache")):
             patch.setenv(f"XDG_{name}_HOME", str(home / folder))

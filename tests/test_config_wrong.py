@@ -35,6 +35,7 @@ table = {}
     "unfinished.py": "def f(:\n    pass\n",
     "needy.py": "import a_package_that_nobody_has\n",
     "exits.py": "import sys\nsys.exit(0)\n",
+    "loop.yaml": "extends: cfg.yaml\n",
     "dies.py": "import os, sys\nprint('farewell', file=sys.stderr, flush=True)\nos._exit(7)\n",
 }
 
@@ -138,6 +139,16 @@ CASES = [
          "there is no item 1: the list at cfg.yaml:3 has 1",
          overrides=("optimizer.groups.1.lr=1",),
          optimizer='optimizer: {_target_: mine.SGD, lr: 1, groups: [{match: "*", lr: 2}]}'),
+    # layers
+    _one("extends in a circle", "loop.yaml:1", "extends",
+         "extend each other in a circle: cfg.yaml -> loop.yaml -> cfg.yaml. Take one of them", "extends: loop.yaml"),
+    _one("extends a missing file", 5, "extends", "bases/b.yaml: no such file. The path starts at the folder",
+         "extends: bases/b.yaml"),
+    _one("extends a number", 5, "extends", "expects the path of a config file, or a list of them, found the number 3",
+         "extends: 3"),
+    _one("extends a reference", 5, "extends", "Write it out", "extends: ${name}.yaml"),
+    _one("extends on the command line", "command line", "extends", "belongs into a config file",
+         overrides=("extends=mine.yaml",)),
     # sections that do not fit together
     _one("layout of fsdp", 5, "strategy.shard",
          "strategy: fsdp shard 3 = 3 ranks, but 2 nodes x 2 = 4. Set shard: 4, or leave it out.",
