@@ -5,6 +5,7 @@ Each check gets only sections that were bound without a problem, so one mistake 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from dtrain.cluster.jobplan import ClusterConfig
 from dtrain.cluster.storage import open_storage
 from dtrain.launcher.topology import shape_nodes
 from dtrain.runtime.config import CheckpointConfig, DataConfig, ScheduleConfig, Target, TrainConfig
+from dtrain.runtime.tracking.feed import PACKAGES
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.layout import check_layout
 
@@ -42,6 +44,7 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         (("train", "schedule"), _schedule),
         (("strategy", "cluster"), check_cluster),
         (("run_dir", "checkpoint"), _places),
+        (("track",), _trackers),
     )
     problems: list[Problem] = []
     for needed, check in checks:
@@ -96,6 +99,15 @@ def _cluster(strategy: StrategyConfig, cluster: ClusterConfig, gpus: int, cores:
             yield f"cluster.env.{name}", "is set by dtrain for each worker. Leave it out."
         elif not name or "=" in name or "\0" in name:
             yield f"cluster.env.{name}", "is no name of an environment variable."
+
+
+def _trackers(track: tuple[str, ...]) -> Found:
+    for index, name in enumerate(track):
+        module, extra = PACKAGES[name]
+        if importlib.util.find_spec(module) is None:
+            yield f"track.{index}", f"{name} is not installed here. pip install 'dtrain[{extra}]', or leave it out."
+        if name in track[:index]:
+            yield f"track.{index}", f"{name} is there twice. Leave one out."
 
 
 def _places(run_dir: str, checkpoint: CheckpointConfig) -> Found:

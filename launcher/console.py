@@ -143,6 +143,7 @@ _EVENTS: dict[str, Callable[[Event], list[Said]]] = {
         Said(f"checkpoint of step {event.get('step')} passed over: {event.get('message')}", "bad")
     ],
     "checkpoint_failed": lambda event: [Said(f"checkpoint failed: {event.get('message')}", "bad")],
+    "tracking": lambda event: [Said(f"tracking: {event.get('message')}", "bad")],
     "evaluated": _evaluated,
     "failure": lambda event: failure_view(event),
     "restart": lambda event: [Said(f"restarting: {event.get('reason', '')}".rstrip(": "))],

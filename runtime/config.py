@@ -219,6 +219,9 @@ class RunConfig:
         default_factory=CheckpointConfig, metadata={"doc": "where and how often the state is saved"}
     )
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig, metadata={"doc": "what happens after a failure"})
+    track: tuple[Literal["tensorboard", "mlflow"], ...] = field(
+        default=(), metadata={"doc": "where metrics.jsonl is shown besides: `[tensorboard, mlflow]`"}
+    )
     on_end: Target | None = field(
         default=None,
         metadata={"doc": "callable(model), on every rank after the last step; a text that it returns is printed"},

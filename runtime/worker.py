@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ from dtrain.runtime.saving import CheckpointSaves, Restored, restore
 from dtrain.runtime.schedules import make_schedule
 from dtrain.runtime.stopflag import stop_flag
 from dtrain.runtime.task import Loss, autocast, make_loss
+from dtrain.runtime.tracking.feed import TrackerFeed
 from dtrain.runtime.trainer import Outcome, Training, train
 from dtrain.strategies.protocol import Wrapped
 from dtrain.strategies.step import NonFinite
@@ -127,7 +129,8 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
         workers=config.data.workers,
         device=ranks.device,
     )
-    with batches:
+    metrics = MetricsLog(place.run.metrics, start_step) if ranks.global_rank == 0 else None
+    with batches, _tracking(config, place, start_step):
         return train(
             Training(
                 config=config.train,
@@ -140,7 +143,7 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
                 ranks=ranks,
                 saves=_saves(config, place, wrapped, chosen),
                 evaluate=_evaluation(config, place, parts),
-                metrics=MetricsLog(place.run.metrics, start_step) if ranks.global_rank == 0 else None,
+                metrics=metrics,
                 progress=place.progress,
                 report=place.report,
                 stop_requested=place.stop_requested,
@@ -234,6 +237,16 @@ def _saves(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
     return CheckpointSaves(
         checkpointer, wrapped, place.report, every=every, rank=env.global_rank, world_size=env.world_size
     )
+
+
+def _tracking(config: RunConfig, place: Place, start_step: int) -> AbstractContextManager[object]:
+    if not config.track or place.ranks.global_rank:
+        return nullcontext()
+
+    def tell(message: str) -> None:
+        place.report.event("tracking", message=message)
+
+    return TrackerFeed(place.run.path, config.track, start_step, tell)
 
 
 def _finish(config: RunConfig, place: Place, wrapped: Wrapped) -> None:

@@ -1,0 +1,181 @@
+"""Trackers against the real things: TensorBoard's own reader, and a real MLflow store."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow.tracking import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dtrain.cluster.errors import ConfigError
+from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
+from dtrain.launcher.compose import load_config
+from dtrain.runtime.metrics import MetricsLog
+from dtrain.runtime.tracking.feed import TrackerFeed
+
+ASSETS = Path(__file__).parent / "assets"
+DTRAIN = Path(sys.executable).parent / "dtrain"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: tracked\ntrain: {steps: 9}\nlist: [1, 2]\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return RunDir(tmp_path / "run")
+
+
+def attempt(run: RunDir, trackers: Sequence[str], *, start: int, end: int, add: float = 0.0) -> list[str]:
+    """What one attempt writes and what the trackers had to say."""
+    said: list[str] = []
+    log = MetricsLog(run.metrics, start)
+    with log, TrackerFeed(run.path, trackers, start, said.append):
+        for step in range(start + 1, end + 1):
+            log.write({"step": step, "attempt": 1, "loss": step + add, "lr": 0.5, "grad_norm": float("nan")})
+    return said
+
+
+def scalars(run: RunDir, tag: str) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(run.path / "tensorboard"))
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+def history(run: RunDir, key: str) -> list[tuple[int, float]]:
+    record = read_json(run.path / "mlflow.json")
+    assert record is not None
+    found = MlflowClient(record["tracking_uri"]).get_metric_history(record["run_id"], key)
+    return sorted((metric.step, metric.value) for metric in found)
+
+
+def test_tensorboard_shows_what_a_later_attempt_made_of_a_step(run: RunDir) -> None:
+    assert attempt(run, ["tensorboard"], start=0, end=6) == []
+    attempt(run, ["tensorboard"], start=4, end=9, add=0.5)
+    assert scalars(run, "loss") == [(1, 1), (2, 2), (3, 3), (4, 4), *((step, step + 0.5) for step in range(5, 10))]
+    reader = EventAccumulator(str(run.path / "tensorboard"))
+    reader.Reload()
+    assert set(reader.Tags()["scalars"]) == {"loss", "lr"}, "a gradient norm of nan is no point"
+    assert b"name: tracked" in reader.Tensors("config")[0].tensor_proto.string_val[0]
+
+
+def test_mlflow_has_one_run_and_each_step_once(run: RunDir) -> None:
+    assert attempt(run, ["mlflow"], start=0, end=6) == []
+    attempt(run, ["mlflow"], start=4, end=9)
+    assert history(run, "loss") == [(step, float(step)) for step in range(1, 10)]
+    record = read_json(run.path / "mlflow.json")
+    assert record is not None
+    client = MlflowClient(record["tracking_uri"])
+    (found,) = client.search_runs(["0"])
+    assert found.info.run_id == record["run_id"]
+    assert (found.info.run_name, found.info.status) == ("tracked", "FINISHED")
+    assert found.data.params == {"name": "tracked", "train.steps": "9", "list": "[1, 2]"}
+
+
+def test_a_server_that_is_not_there_is_told_of_once(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And keeps neither the other tracker nor the training from anything."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("dtrain.runtime.tracking.feed.DRAIN_S", -8.0)  # it will not come
+    said = attempt(run, ["mlflow", "tensorboard"], start=0, end=3)
+    assert len(said) <= 1
+    assert all(text.startswith("mlflow: ") and "training goes on" in text for text in said)
+    assert not (run.path / "mlflow.json").exists()
+    for path in run.path.rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+
+
+def test_a_store_that_comes_back_gets_everything(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of its database is made only after the first try has failed."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/locked/mlflow.db")
+    (tmp_path / "locked").write_text("in the way")
+    said: list[str] = []
+    log = MetricsLog(run.metrics, 0)
+    with log, TrackerFeed(run.path, ["mlflow"], 0, said.append):
+        log.write({"step": 1, "attempt": 1, "loss": 1.0})
+        deadline = time.monotonic() + 60
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (tmp_path / "locked").unlink()
+        (tmp_path / "locked").mkdir()
+        log.write({"step": 2, "attempt": 1, "loss": 2.0})
+    assert history(run, "loss") == [(1, 1.0), (2, 2.0)]
+    assert said[1:] == ["mlflow is reached again"]
+
+
+@pytest.mark.parametrize(
+    ("track", "words"),
+    [
+        ("[tensorbord]", "Did you mean tensorboard?"),
+        ("tensorboard", "Put it in square brackets."),
+        ("[mlflow, tensorboard, mlflow]", "mlflow is there twice"),
+    ],
+)
+def test_a_wrong_tracker_is_found_before_anything_starts(tmp_path: Path, track: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(config_file(tmp_path, track))
+
+
+def test_a_missing_package_is_found_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.launcher.checks.PACKAGES", {"mlflow": ("no_such_package", "mlflow")})
+    with pytest.raises(ConfigError, match=r"pip install 'dtrain\[mlflow\]'"):
+        load_config(config_file(tmp_path, "[mlflow]"))
+
+
+def config_file(tmp_path: Path, track: str) -> Path:
+    config: dict[str, Any] = {
+        "model": {"_target_": "parity.Transformer"},
+        "loss": "parity.mean_loss",
+        "data": {"train": {"_target_": "parity.Tokens", "delay_s": 0.01}, "batch_size": 8},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.001},
+        "train": {"steps": 60},
+        "checkpoint": {"every": 10},
+        "cluster": {"nodes": 2},
+    }
+    path = tmp_path / "tracked.yaml"
+    path.write_text(json.dumps(config)[:-1] + f', "track": {track}}}')
+    return path
+
+
+@pytest.mark.e2e
+def test_a_run_that_is_killed_and_relaunched_shows_each_step_once(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ASSETS),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }
+    command = [str(DTRAIN), "launch", "--run-dir", str(run.path), str(config_file(tmp_path, "[tensorboard, mlflow]"))]
+    launched = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until_step(run, 25, launched)
+    status = json.loads(subprocess.check_output([DTRAIN, "status", "--json", run.path]))
+    os.kill(next(w["pid"] for w in status["workers"] if w["global_rank"] == 0), signal.SIGKILL)  # beside its tracker
+    until_step(run, 35, launched)
+    launched.send_signal(signal.SIGINT)
+    output, _ = launched.communicate(timeout=90)
+    assert launched.returncode == 85, output
+    assert subprocess.run(command, env=environment, timeout=100, capture_output=True).returncode == 0
+    expected = [(record["step"], record["loss"]) for record in read_jsonl(run.metrics)]
+    assert [step for step, _ in expected] == list(range(1, 61))
+    assert scalars(run, "loss") == expected
+    assert history(run, "loss") == expected
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(run.path) in " ".join(p.info["cmdline"] or [])]
+
+
+def until_step(run: RunDir, step: int, launched: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not any(record["step"] >= step for record in read_jsonl(run.metrics)):
+        assert launched.poll() is None, launched.communicate()[0]
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
