@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,9 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dtrain.cluster.workerenv import WorkerEnv
+from dtrain.runtime.batches import Batches
 from dtrain.runtime.build import build
 from dtrain.runtime.config import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, Target, TrainConfig
-from dtrain.runtime.data import Batches, BatchPlan, count_samples
+from dtrain.runtime.data import BatchPlan, MapSource, count_samples
 from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.progress import ProgressWriter
@@ -61,7 +63,7 @@ class NoSaves:
     def due(self, step: int) -> bool:
         return False
 
-    def save(self, step: int, position: int) -> None:
+    def save(self, step: int, place: dict[str, Any]) -> None:
         pass
 
     def wait(self) -> None:
@@ -87,11 +89,8 @@ def dtrain_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
         config=CONFIG.train,
         wrapped=wrapped,
         schedule=make_schedule(CONFIG.schedule, wrapped.optimizer, CONFIG.train.steps, 0),
-        plan=plan,
         batches=Batches(
-            dataset,
-            plan,
-            seed=0,
+            MapSource(dataset, plan, seed=0, key="data.train"),
             start_step=0,
             steps=CONFIG.train.steps,
             collate=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from dtrain.cluster.errors import UsageError
-from dtrain.runtime.data import Batches, Count, PassPlan, check_dataset
+from dtrain.runtime.batches import Batches
+from dtrain.runtime.data import Count, Source
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.task import Loss, forward
 
@@ -19,11 +21,8 @@ from dtrain.runtime.task import Loss, forward
 class Evaluation:
     """What an evaluation needs besides the model; the same at every step."""
 
-    dataset: Any
+    make_source: Callable[[], Source]  # of one pass
     ranks: Ranks
-    seed: int
-    batch_size: int
-    micro_batch: int | None
     workers: int
     collate: Callable[[list[Any]], Any] | None
     count: Count
@@ -34,40 +33,35 @@ class Evaluation:
     def __call__(self, model: nn.Module) -> dict[str, float] | None:
         """Every sample once, in order. None when a stop was requested on the way: all ranks leave at the same batch.
         Collective; every rank does the same number of forwards."""
-        plan = PassPlan(
-            check_dataset(self.dataset, "data.eval"),
-            batch_size=self.batch_size,
-            rank=self.ranks.global_rank,
-            world_size=self.ranks.world_size,
-            micro_batch=self.micro_batch,
-        )
+        source = self.make_source()
         batches = Batches(
-            self.dataset,
-            plan,
-            seed=self.seed,
+            source,
             start_step=0,
-            steps=plan.num_steps,
+            steps=source.num_steps,
             collate=self.collate,
             count=self.count,
             workers=self.workers,
             device=self.ranks.device,
-            key="data.eval",
         )
         model.eval()
         try:
             with batches:
-                return self._mean(model, batches, plan.num_steps)
+                return self._mean(model, batches, source.num_steps)
         finally:
             model.train()
 
-    def _mean(self, model: nn.Module, batches: Batches, num_steps: int) -> dict[str, float] | None:
+    def _mean(self, model: nn.Module, batches: Batches, num_steps: int | None) -> dict[str, float] | None:
         total, counted = 0.0, 0.0
-        for step in range(1, num_steps + 1):
+        for step in itertools.count(1) if num_steps is None else range(1, num_steps + 1):
             micro_batches = batches.next(step, self.stop_requested)
             # Asked before the forwards: a rank that waits for data in vain must not leave the others alone in them.
-            (stop,) = self.ranks.all_reduce([float(micro_batches is None or self.stop_requested())])
+            stops = float(micro_batches is None or self.stop_requested())
+            samples = sum(micro.weight for micro in micro_batches or ())
+            stop, samples_left = self.ranks.all_reduce([stops, float(samples)])
             if stop or micro_batches is None:
                 return None
+            if not samples_left:
+                break
             with torch.no_grad(), self.autocast():
                 for micro in micro_batches:
                     part, number = self.loss(forward(model, micro.batch), micro.batch, micro.count)

@@ -23,7 +23,7 @@ from dtrain.strategies.state import canonical_state, load_canonical
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     step: int
-    position: int
+    place: dict[str, Any]  # in the data: what Source.place() gave
     world_size: int
     strategy: str
 
@@ -58,11 +58,11 @@ class CheckpointSaves:
             return step % self._every.steps == 0
         return self._every.seconds is not None and self._clock() - self._last >= self._every.seconds
 
-    def save(self, step: int, position: int) -> None:
-        """Returns when the state has been copied: training may go on."""
+    def save(self, step: int, place: dict[str, Any]) -> None:
+        """`place`: in the data. Returns when the state has been copied: training may go on."""
         self._settle(last=False)
         specs, local, values = canonical_state(self._wrapped.module, self._wrapped.optimizer, self._world_size)
-        state = {"step": step, "position": position, "optimizer": values}
+        state = {"step": step, **place, "optimizer": values}
         self._checkpointer.save(step, specs, local, state)
         self._last = self._clock()
 
@@ -101,7 +101,7 @@ def restore(storage: Storage, step: int, attempt: int, wrapped: Wrapped, ranks: 
     )
     return Restored(
         step=step,
-        position=int(state["position"]),
+        place={key: value for key, value in state.items() if key not in ("step", "optimizer")},
         world_size=manifest.world_size,
         strategy=str(manifest.strategy.get("name")),
     )

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from dtrain.runtime.batches import Batches
 from dtrain.runtime.buffers import SharedBuffers
 from dtrain.runtime.config import TrainConfig
-from dtrain.runtime.data import Batches, BatchPlan, count_tokens, seed_everything
+from dtrain.runtime.data import count_tokens, seed_everything
 from dtrain.runtime.metrics import MetricsLog, clean
 from dtrain.runtime.progress import Phase, ProgressWriter
 from dtrain.runtime.ranks import Ranks
@@ -40,7 +41,7 @@ class Saves(Protocol):
 
     def due(self, step: int) -> bool: ...
 
-    def save(self, step: int, position: int) -> None: ...
+    def save(self, step: int, place: dict[str, Any]) -> None: ...
 
     def wait(self) -> None: ...
 
@@ -50,7 +51,6 @@ class Training:
     config: TrainConfig
     wrapped: Wrapped
     schedule: Schedule
-    plan: BatchPlan
     batches: Batches
     loss: Loss
     autocast: Callable[[], Any]
@@ -171,7 +171,7 @@ def _evaluated(job: Training, step: int) -> bool:
 
 def _save(job: Training, step: int) -> None:
     job.progress.phase(Phase.SAVING)
-    job.saves.save(step, job.plan.position(step))
+    job.saves.save(step, job.batches.place(step))
     job.saved.append(step)
 
 

@@ -21,25 +21,20 @@ from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.storage import Storage, open_storage
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime import targets
+from dtrain.runtime.batches import Batches
 from dtrain.runtime.build import Chosen, build, has_batch_statistics
 from dtrain.runtime.checkpoint.checkpointer import Checkpointer, Committed
-from dtrain.runtime.config import RunConfig, Target, parse_interval, read_run_config
-from dtrain.runtime.data import (
-    Batches,
-    BatchPlan,
-    Count,
-    DataError,
-    check_dataset,
-    count_samples,
-    seed_everything,
-)
+from dtrain.runtime.config import RunConfig, parse_interval, read_run_config
+from dtrain.runtime.data import Count, DataError, count_samples, seed_everything
 from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.metrics import MetricsLog
+from dtrain.runtime.order import num_micro_batches
 from dtrain.runtime.progress import Phase, ProgressWriter
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import Reporter
 from dtrain.runtime.saving import CheckpointSaves, Restored, restore
 from dtrain.runtime.schedules import make_schedule
+from dtrain.runtime.sources import evaluation_source, training_source
 from dtrain.runtime.stopflag import stop_flag
 from dtrain.runtime.task import Loss, autocast, make_loss
 from dtrain.runtime.tracking.feed import TrackerFeed
@@ -98,30 +93,16 @@ def _run(env: WorkerEnv, stop: Callable[[], bool], progress: ProgressWriter, rep
 
 def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> Outcome:
     env, ranks = place.env, place.ranks
-    dataset = _dataset(config, config.data.train)
-    num_samples = check_dataset(dataset, "data.train")
     schedule = make_schedule(config.schedule, wrapped.optimizer, config.train.steps, env.resume_step)
     restored = _restore(place, wrapped)
     start_step = restored.step if restored else 0
-    plan = BatchPlan(
-        num_samples,
-        batch_size=config.data.batch_size,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        rank=ranks.global_rank,
-        world_size=ranks.world_size,
-        micro_batch=config.train.micro_batch,
-        start_step=start_step,
-        start_position=restored.position if restored else 0,
-    )
+    source, data_lines = training_source(config, ranks, start_step, restored.place if restored else {})
     if ranks.global_rank == 0:
-        lines = describe(config, chosen, plan, env, num_samples, wrapped)
+        lines = describe(config, chosen, data_lines, env, wrapped)
         place.report.event("chosen", strategy=chosen.strategy, why=chosen.why, lines=lines)
     parts = _parts(config, place, chosen)
     batches = Batches(
-        dataset,
-        plan,
-        seed=config.train.seed,
+        source,
         start_step=start_step,
         steps=config.train.steps,
         collate=parts.collate,
@@ -136,7 +117,6 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
                 config=config.train,
                 wrapped=wrapped,
                 schedule=schedule,
-                plan=plan,
                 batches=batches,
                 loss=parts.loss,
                 autocast=parts.autocast,
@@ -174,23 +154,13 @@ def _parts(config: RunConfig, place: Place, chosen: Chosen) -> _Parts:
     )
 
 
-def _dataset(config: RunConfig, target: Target) -> Any:
-    """A data set may draw random numbers to build itself (a split): the same ones in every layout and attempt."""
-    seed_everything(config.train.seed, 0xDA7A)
-    return targets.build(target)
-
-
 def _evaluation(config: RunConfig, place: Place, parts: _Parts) -> Evaluation | None:
-    if config.data.eval is None:
+    make_source = evaluation_source(config, place.ranks)
+    if make_source is None:
         return None
-    dataset = _dataset(config, config.data.eval)
-    check_dataset(dataset, "data.eval")  # now, not after hours
     return Evaluation(
-        dataset=dataset,
+        make_source=make_source,
         ranks=place.ranks,
-        seed=config.train.seed,
-        batch_size=config.data.batch_size,
-        micro_batch=config.train.micro_batch,
         workers=config.data.workers,
         collate=parts.collate,
         count=parts.count,
@@ -262,19 +232,18 @@ def _finish(config: RunConfig, place: Place, wrapped: Wrapped) -> None:
         place.report.event("result", text=str(result))
 
 
-def describe(
-    config: RunConfig, chosen: Chosen, plan: BatchPlan, env: WorkerEnv, num_samples: int, wrapped: Wrapped
-) -> list[str]:
+def describe(config: RunConfig, chosen: Chosen, data_lines: list[str], env: WorkerEnv, wrapped: Wrapped) -> list[str]:
     """What was chosen and why, for a person."""
-    batch, steps = config.data.batch_size, config.train.steps
+    batch = config.data.batch_size
     each = -(-batch // env.world_size)
     device = torch.cuda.get_device_name() if env.device.startswith("cuda") else "CPU"
-    accumulation = f", in {plan.num_micro_batches} micro-batches" if plan.num_micro_batches > 1 else ""
+    parts = num_micro_batches(batch, env.world_size, config.train.micro_batch)
+    accumulation = f", in {parts} micro-batches" if parts > 1 else ""
     lines = [
         f"model     {chosen.num_parameters:,} parameters, {config.train.precision}",
         f"strategy  {chosen.strategy} over {env.world_size} x {device} ({chosen.why})",
         f"batch     {batch} samples a step, up to {each} a rank{accumulation}",
-        f"data      {num_samples:,} samples, {steps} steps = {steps * batch / num_samples:.2f} epochs",
+        *data_lines,
     ]
     if has_batch_statistics(wrapped.module):
         lines.append("note      batch-norm statistics are those of rank 0's samples: the curve depends on the layout")

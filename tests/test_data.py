@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.workerenv import WorkerEnv
+from dtrain.runtime.batches import Batches
 from dtrain.runtime.config import Target
-from dtrain.runtime.data import Batches, BatchPlan, DataError, PassPlan, count_samples, to_device
+from dtrain.runtime.data import BatchPlan, DataError, MapSource, PassPlan, count_samples, to_device
 from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import is_victim
@@ -46,7 +47,8 @@ class Squares(Dataset[Any]):
 def make(dataset: Any, *, workers: int, steps: int = 6, **more: Any) -> Batches:
     plan = BatchPlan(len(dataset), batch_size=8, seed=1, shuffle=True, rank=0, world_size=1, micro_batch=3)
     settings: dict[str, Any] = {"collate": None, "count": count_samples} | more
-    return Batches(dataset, plan, seed=1, start_step=0, steps=steps, workers=workers, device=CPU, **settings)
+    source = MapSource(dataset, plan, seed=1, key="data.train")
+    return Batches(source, start_step=0, steps=steps, workers=workers, device=CPU, **settings)
 
 
 def loaders() -> list[psutil.Process]:
@@ -146,12 +148,10 @@ class Doubled(nn.Module):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_is_the_exact_mean_and_leaves_the_model_training(alone: Ranks, workers: int) -> None:
+    plan = PassPlan(11, batch_size=4, rank=0, world_size=1, micro_batch=3)
     evaluation = Evaluation(
-        dataset=Squares(11),
+        make_source=lambda: MapSource(Squares(11), plan, seed=0, num_steps=plan.num_steps, key="data.eval"),
         ranks=alone,
-        seed=0,
-        batch_size=4,
-        micro_batch=3,
         workers=workers,
         collate=None,
         count=count_samples,
