@@ -50,6 +50,7 @@ COMMANDS = (
     Command(name="cancel", help="stop a run and mark it cancelled (launch goes on from there)"),
     Command(name="stack", help="where each rank of a run is in its code"),
     Command(name="ckpt", help="list, show, verify and tidy up checkpoints"),
+    Command(name="doctor", help="try machine, software and storage, and say what to do", overrides=True),
 )
 
 
