@@ -46,6 +46,7 @@ class JobPlan:
     checkpoint_url: str
     workers: Literal["warm", "exec"]
     max_restarts_without_progress: int
+    kind: Literal["model", "script"] = "model"  # what the workers run: our trainer, or the user's script
 
     @property
     def world_size(self) -> int:

@@ -24,7 +24,8 @@ from dtrain.cluster.layers import layer_of, merge_layers, parse_overrides
 from dtrain.cluster.references import resolve_references
 from dtrain.launcher.checks import check_sections
 from dtrain.launcher.sources import misplaced_extends, read_sources
-from dtrain.runtime.config import RunConfig, check_name
+from dtrain.runtime.config import CheckpointConfig, RunConfig, check_name
+from dtrain.runtime.scriptconfig import SCRIPT_KEY, ScriptCheckpointConfig, ScriptRunConfig
 from dtrain.strategies.config import StrategyConfig
 
 # Another model, data, optimizer, loss, seed or batch is another training; everything else may change on the way.
@@ -36,6 +37,7 @@ IDENTITY = {
     "count": ("count",),
     "seed": ("train.seed",),
     "batch_size": ("data.batch_size",),
+    "script": (SCRIPT_KEY,),
 }
 
 
@@ -46,11 +48,23 @@ class LaunchConfig:
     path: str  # of the config file, absolute
     name: str
     run_dir: str  # absolute
-    run: RunConfig
-    strategy: StrategyConfig
+    content: RunConfig | ScriptRunConfig
+    strategy: StrategyConfig  # of no meaning for a script
     cluster: ClusterConfig
     resolved: dict[str, Any]
     origins: dict[str, str]  # key path -> "file:line", "command line", "--nodes" or "default"
+
+    @property
+    def run(self) -> RunConfig:
+        """`content` of a config with a model. Raises TypeError for a script's."""
+        if isinstance(self.content, RunConfig):
+            return self.content
+        raise TypeError(f"{self.path} runs a script: it has no model, data or optimizer")
+
+    @property
+    def steps(self) -> int | None:
+        """train.steps; how long a script trains is its own affair."""
+        return self.content.train.steps if isinstance(self.content, RunConfig) else None
 
 
 def launch_schema(default_name: str | None = None) -> Schema:
@@ -71,6 +85,42 @@ def launch_schema(default_name: str | None = None) -> Schema:
     }
 
 
+def script_schema(default_name: str | None = None) -> Schema:
+    """Every top-level key of a config with `script`."""
+    shared, own = launch_schema(default_name), schema_of(ScriptRunConfig)
+    return {
+        "name": shared["name"],
+        SCRIPT_KEY: own[SCRIPT_KEY],
+        "run_dir": shared["run_dir"],
+        **{key: spec for key, spec in own.items() if key not in ("name", SCRIPT_KEY)},
+        "cluster": shared["cluster"],
+    }
+
+
+def _of_one_kind(tree: Node, default_name: str) -> tuple[Schema, Node, list[Problem]]:
+    """The schema that the keys ask for: of a script, or of a model and what belongs to it. Keys of the other kind are
+    problems, and are left out."""
+    assert isinstance(tree.value, dict)
+    of_model = launch_schema(default_name)
+    if SCRIPT_KEY not in tree.value:
+        return of_model, tree, []
+    schema, problems = script_schema(default_name), []
+    children = dict(tree.value)
+    for key in [key for key in children if key in of_model and key not in schema]:
+        message = "does not go with script, which brings its own. Remove it, or remove script."
+        problems.append(Problem(where=children.pop(key).where, key=key, message=message))
+    checkpoint = children.get("checkpoint")
+    if checkpoint is not None and isinstance(checkpoint.value, dict):
+        of_scripts = schema_of(ScriptCheckpointConfig)
+        foreign = [key for key in schema_of(CheckpointConfig) if key in checkpoint.value and key not in of_scripts]
+        for key in foreign:
+            message = "does not go with script: it saves when it calls checkpoint.save (docs/scripts.md). Remove it."
+            problems.append(Problem(where=checkpoint.value[key].where, key=f"checkpoint.{key}", message=message))
+        kept = {key: child for key, child in checkpoint.value.items() if key not in foreign}
+        children["checkpoint"] = replace(checkpoint, value=kept)
+    return schema, replace(tree, value=children), problems
+
+
 def load_config(
     path: str | os.PathLike[str],
     overrides: Sequence[str] = (),
@@ -82,10 +132,11 @@ def load_config(
 ) -> LaunchConfig:
     """Raises ConfigError. Options win over `overrides`, which win over the file, then what it extends, then the site's
     files (launcher/sources.py); relative paths start at the working directory."""
-    schema = launch_schema(label_of(Path(path).stem))
+    default_name = label_of(Path(path).stem)
+    short_forms = launch_schema(default_name)  # a script's keys have none of their own
 
     def expand(node: Node) -> Node:
-        return expand_short_forms(schema, node)
+        return expand_short_forms(short_forms, node)
 
     sources = read_sources(path, os.environ)
     words, word_problems = parse_overrides(overrides, expand)
@@ -96,12 +147,16 @@ def load_config(
     layers = [*sources.layers, words, *_option_layers(nodes=nodes, backend=backend, name=name, run_dir=run_dir)]
     merged, merge_problems = merge_layers(layers, expand)
     merged = replace(merged, where=os.fspath(path))  # what is missing is missing in the config, not in a site's file
+    schema, merged, kind_problems = _of_one_kind(merged, default_name)
     tree, reference_problems = resolve_references(fill_defaults(schema, merged), os.environ, _ABSOLUTE)
     values, bind_problems = bind_fields(schema, tree)
     cross_problems = check_sections(
-        values, lambda key: _place(tree, key, os.fspath(path)), gpus=count_gpus(), cores=usable_cores()
+        {"strategy": StrategyConfig(), **values},
+        lambda key: _place(tree, key, os.fspath(path)),
+        gpus=count_gpus(),
+        cores=usable_cores(),
     )
-    problems += [*merge_problems, *reference_problems, *bind_problems, *cross_problems]
+    problems += [*merge_problems, *kind_problems, *reference_problems, *bind_problems, *cross_problems]
     if problems:
         raise ConfigError(_in_order(problems, os.fspath(path), sources.files))
     return _build(os.path.abspath(path), tree, values)
@@ -138,14 +193,15 @@ _ABSOLUTE: dict[str, Callable[[str], str]] = {
 
 
 def _build(path: str, tree: Node, values: dict[str, Any]) -> LaunchConfig:
-    run_keys = schema_of(RunConfig)
+    kind = ScriptRunConfig if SCRIPT_KEY in values else RunConfig
+    run_keys = schema_of(kind)
     resolved = {key: plain(value) for key, value in values.items()}
     return LaunchConfig(
         path=path,
         name=values["name"],
         run_dir=values["run_dir"],
-        run=RunConfig(**{key: value for key, value in values.items() if key in run_keys}),
-        strategy=values["strategy"],
+        content=kind(**{key: value for key, value in values.items() if key in run_keys}),
+        strategy=values.get("strategy", StrategyConfig()),
         cluster=values["cluster"],
         resolved=resolved,
         origins={key: _place(tree, key, DEFAULT) for key in flatten(resolved)},

@@ -25,9 +25,10 @@ class Decision:
 
 
 def decide(
-    existing: Existing | None, *, steps_asked: int, checkpoint_step: int | None, continue_changed: bool
+    existing: Existing | None, *, steps_asked: int | None, checkpoint_step: int | None, continue_changed: bool
 ) -> Decision:
-    """`checkpoint_step`: the newest live checkpoint in the store of the new job, None where there is none."""
+    """`checkpoint_step`: the newest live checkpoint in the store of the new job, None where there is none.
+    `steps_asked` None: a script, which alone knows whether there is anything left to do."""
     if existing is None:
         return Decision(action="start" if checkpoint_step is None else "continue")
     if existing.state in ("pending", "running", "stopping", "requeued"):
@@ -36,13 +37,26 @@ def decide(
         return Decision(action="refuse", lines=_unknown_lines(existing), final=True)
     if existing.identity_lines and not continue_changed:
         return Decision(action="refuse", lines=_changed_lines(existing))
+    if steps_asked is None:
+        return _of_script(existing)
     reached = max(existing.step if existing.state == "done" else 0, _beyond(checkpoint_step, steps_asked))
     if reached >= steps_asked:
         raise_it = "Raise train.steps to go on, or --fresh to train anew."
         line = f"done already: step {reached}, train.steps is {steps_asked}. {raise_it}"
         return Decision(action="done", lines=(line,), final=True)
-    differs = tuple(f"differs: {line}" for line in (*existing.identity_lines, *existing.other_lines))
-    return Decision(action="continue", lines=differs)
+    return Decision(action="continue", lines=_differs(existing))
+
+
+def _of_script(existing: Existing) -> Decision:
+    """A script that ended with 0 has nothing left to do, unless it is asked for something else."""
+    if existing.state == "done" and not existing.identity_lines:
+        line = "done already: the script ended with 0. --fresh runs it anew; other arguments need --continue-changed."
+        return Decision(action="done", lines=(line,), final=True)
+    return Decision(action="continue", lines=_differs(existing))
+
+
+def _differs(existing: Existing) -> tuple[str, ...]:
+    return tuple(f"differs: {line}" for line in (*existing.identity_lines, *existing.other_lines))
 
 
 def _beyond(checkpoint_step: int | None, steps_asked: int) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from dtrain.cluster.devices import count_gpus, usable_cores
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.launcher.compose import LaunchConfig
 from dtrain.launcher.topology import shape_nodes
+from dtrain.runtime.config import RunConfig
+from dtrain.runtime.scriptconfig import ScriptRunConfig
 
 
 def make_plan(
@@ -31,7 +34,15 @@ def make_plan(
         cwd=os.path.abspath(cwd),
         sys_path=tuple(dict.fromkeys((os.path.dirname(config.path), os.path.abspath(cwd)))),
         env=dict(config.cluster.env),
-        checkpoint_url=config.run.checkpoint.url,
-        workers=config.run.recovery.workers,
-        max_restarts_without_progress=config.run.recovery.max_restarts_without_progress,
+        checkpoint_url=config.content.checkpoint.url,
+        workers=_workers(config.content),
+        max_restarts_without_progress=config.content.recovery.max_restarts_without_progress,
+        kind="script" if isinstance(config.content, ScriptRunConfig) else "model",
     )
+
+
+def _workers(run: RunConfig | ScriptRunConfig) -> Literal["warm", "exec"]:
+    """A script may expect a process in which nothing has been imported yet."""
+    if run.recovery.workers != "auto":
+        return run.recovery.workers
+    return "exec" if isinstance(run, ScriptRunConfig) else "warm"

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from dtrain.cluster.bind import MISSING, FieldSpec, Schema, arms_of, plain, schema_of
 from dtrain.cluster.configfile import dump_yaml
-from dtrain.launcher.compose import launch_schema
+from dtrain.launcher.compose import launch_schema, script_schema
 from dtrain.runtime.config import Target
+from dtrain.runtime.scriptconfig import ScriptCheckpointConfig
 
 _HEAD = """\
 # The config file
@@ -32,6 +33,14 @@ Written by `python -m dtrain.launcher.reference` from the dataclasses of the cod
   ~/.config/dtrain/site.yaml; they set only `cluster`, `run_dir`, `checkpoint.url` and `track`. A list replaces a list.
 - **Paths** that are relative start at the working directory.
 """
+_SCRIPT = """\
+## script
+
+`script: train.py --epochs 3` runs a script of your own in the place of model, data, optimizer and the rest;
+docs/scripts.md says what it may expect. The file is looked for beside the config file, then in the working directory;
+`-m package.train` runs a module. The line is divided into words as a shell does it, and nothing else in it has a
+meaning. All keys of such a config:
+"""
 
 
 def render() -> str:
@@ -44,6 +53,8 @@ def render() -> str:
         inner = {key: found for key, spec in schema_of(cls).items() if (found := _section(spec.hint))}
         for key, found in inner.items():
             parts += [f"### {name}.{key}\n", _short(found), _table(_keys(found))]
+    parts += [_SCRIPT, _table(script_schema()), "### checkpoint of a script\n"]
+    parts += [_short(ScriptCheckpointConfig), _table(_keys(ScriptCheckpointConfig))]
     return "\n".join(part for part in parts if part)
 
 

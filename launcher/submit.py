@@ -54,9 +54,8 @@ def settle(config: LaunchConfig, plan: JobPlan, *, fresh: bool, continue_changed
     if existing is not None and existing.state not in ALIVE and checkpoint is None:
         _refuse_lost_checkpoints(run, plan.checkpoint_url)
     step = None if checkpoint is None else checkpoint.step
-    steps = config.run.train.steps
     return Settled(
-        decision=decide(existing, steps_asked=steps, checkpoint_step=step, continue_changed=continue_changed),
+        decision=decide(existing, steps_asked=config.steps, checkpoint_step=step, continue_changed=continue_changed),
         checkpoint=checkpoint,
     )
 
@@ -129,7 +128,7 @@ def record(config: LaunchConfig, plan: JobPlan) -> Job:
     submitted_at = round(time.time(), 3)
     extra = {
         "submitted_at": submitted_at,
-        "steps": config.run.train.steps,
+        "steps": config.steps,
         "git_commit": git_commit(Path(plan.sys_path[0]) if plan.sys_path else Path(plan.cwd)),
     }
     control = run.control(plan.job_id)
@@ -143,7 +142,7 @@ def record(config: LaunchConfig, plan: JobPlan) -> Job:
         world_size=plan.world_size, argv=list(plan.argv),
     )  # fmt: skip
     labels.remember(labels.Label(name=plan.name, run_dir=plan.run_dir, job_id=plan.job_id, submitted_at=submitted_at))
-    return Job(run=run, plan=plan, submitted_at=submitted_at, steps=config.run.train.steps)
+    return Job(run=run, plan=plan, submitted_at=submitted_at, steps=config.steps)
 
 
 def submit(job: Job, zygote: Zygote | None) -> None:

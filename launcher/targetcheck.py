@@ -21,10 +21,12 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from dtrain.cluster.errors import Problem
 from dtrain.cluster.zygote import Zygote, ZygoteError
+from dtrain.launcher.scriptcheck import check_script_runs
+from dtrain.runtime.scriptconfig import SCRIPT_KEY, ScriptRunConfig
 
 if TYPE_CHECKING:
     from dtrain.launcher.compose import LaunchConfig
-    from dtrain.runtime.config import Target
+    from dtrain.runtime.config import RunConfig, Target
 
 _MODULE = "dtrain.launcher.targetcheck"
 
@@ -56,8 +58,10 @@ def check_targets(
     A target that takes its child down costs only itself: the ones after it are asked in another child.
     """
     environ = {**config.cluster.env, **os.environ, "PYTHONSAFEPATH": "1"}  # what was exported wins, as for workers
+    if isinstance(config.content, ScriptRunConfig):
+        return check_script_runs(config.content.script, config.origins[SCRIPT_KEY], python, sys_path, environ)
     problems: list[Problem] = []
-    pending = target_checks(config)
+    pending = target_checks(config.run)
     while pending:
         answer = _ask(python, pending, sys_path, environ, timeout_s, zygote)
         if not answer.begun:
@@ -78,11 +82,10 @@ def check_targets(
     return problems
 
 
-def target_checks(config: LaunchConfig) -> list[TargetCheck]:
+def target_checks(run: RunConfig) -> list[TargetCheck]:
     """Every target of the config, with the way in which the runtime calls it."""
     from dtrain.runtime.config import Target
 
-    run = config.run
     schedule = run.schedule if isinstance(run.schedule, Target) else None
     table: tuple[tuple[str, Target | None, int, bool], ...] = (
         ("model", run.model.target, 0, False),

@@ -180,8 +180,11 @@ class RecoveryConfig:
     max_restarts_without_progress: int = field(
         default=3, metadata={"doc": "restarts in a row with no new step, after which the run fails", "min": 0}
     )
-    workers: Literal["warm", "exec"] = field(
-        default="warm", metadata={"doc": "warm: forked from a process that has imported torch; exec: started plainly"}
+    workers: Literal["auto", "warm", "exec"] = field(
+        default="auto",
+        metadata={
+            "doc": "warm: forked from a process that has imported torch; exec: started plainly; auto: exec for a script"
+        },
     )
 
 

@@ -1,0 +1,79 @@
+"""Whether the script of a config is there and can be read, asked of the nodes' Python before anything starts: nothing
+of the script is run. What a script does wrong later is runtime/script.py's to report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from dtrain.cluster.errors import Problem
+from dtrain.runtime.scriptconfig import SCRIPT_KEY, Script, find_script, parse_script
+
+_TIMEOUT_S = 60.0
+# find_spec imports the packages around a module, as -m will; the source is compiled by the Python that will run it.
+_CHILD = """
+import importlib.util, io, json, sys
+asked = json.loads(sys.argv[1])
+sys.path[:0] = asked["sys_path"]
+def look():
+    if asked["path"]:
+        with io.open_code(asked["path"]) as file:
+            compile(file.read(), asked["path"], "exec")
+        return ""
+    for name in (asked["module"], asked["module"] + ".__main__"):
+        found = importlib.util.find_spec(name)
+        if found is None:
+            return f"there is no module {name}"
+        if found.submodule_search_locations is None:
+            return ""
+try:
+    answer = look()
+except SyntaxError as error:
+    answer = f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
+except Exception as error:
+    answer = f"{type(error).__name__}: {error}"
+print("\\n" + json.dumps(answer))
+"""
+
+
+def check_script_runs(
+    text: str, where: str, python: str, sys_path: Sequence[str], environ: Mapping[str, str]
+) -> list[Problem]:
+    """At most one problem. `sys_path`: the config's folder and the working directory, where scripts are looked for."""
+    script = parse_script(text)
+    path = find_script(script.path, sys_path) if script.path else None
+    if script.path and path is None:
+        message = _not_there(script.path, sys_path)
+    else:
+        message = _ask(script, "" if path is None else str(path), python, sys_path, environ)
+    return [Problem(where=where, key=SCRIPT_KEY, message=message)] if message else []
+
+
+def _not_there(path: str, folders: Sequence[str]) -> str:
+    if any(os.path.isdir(os.path.join(folder, path)) for folder in folders):
+        return f"{path} is a folder. Name the script in it, or a module: -m package."
+    looked = f" Looked in {' and '.join(folders)}." if not os.path.isabs(path) else ""
+    return f"there is no script {path}.{looked}"
+
+
+def _ask(script: Script, path: str, python: str, sys_path: Sequence[str], environ: Mapping[str, str]) -> str:
+    question = json.dumps({"path": path, "module": script.module, "sys_path": list(sys_path)})
+    try:
+        child = subprocess.run(
+            [python, "-c", _CHILD, question],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**environ, "PYTHONSAFEPATH": "1"},
+            timeout=_TIMEOUT_S,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"the nodes' Python {python} cannot be started: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"importing the package around {script.module} took longer than {_TIMEOUT_S:g} s"
+    lines = child.stdout.splitlines()
+    if child.returncode != 0 or not lines:
+        return f"the nodes' Python {python} ended with code {child.returncode} while it looked at the script"
+    return str(json.loads(lines[-1]))
