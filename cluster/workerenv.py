@@ -28,6 +28,7 @@ class WorkerEnv:
     device: str  # "cpu" or "cuda:<local index>"
     resume_step: int = 0  # the committed step that this attempt starts from; 0: from the beginning
     resume_attempt: int = 0  # the attempt that committed it
+    max_restarts: int = 0  # in a row, without progress
     # File descriptors inherited from the agent; -1 where there is none.
     store_fd: int = -1  # a listening socket for global rank 0's TCPStore
     progress_fd: int = -1  # the shared-memory progress record
@@ -58,6 +59,7 @@ class WorkerEnv:
             "MASTER_PORT": str(self.master_port),
             "TORCHELASTIC_RUN_ID": self.job_id,
             "TORCHELASTIC_RESTART_COUNT": str(self.attempt - 1),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
         }
 
     @staticmethod
@@ -78,7 +80,17 @@ class WorkerEnv:
             device=environ["DTRAIN_DEVICE"],
             resume_step=int(environ.get("DTRAIN_RESUME_STEP", "0")),
             resume_attempt=int(environ.get("DTRAIN_RESUME_ATTEMPT", "0")),
+            max_restarts=int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")),
             store_fd=int(environ.get("DTRAIN_STORE_FD", "-1")),
             progress_fd=int(environ.get("DTRAIN_PROGRESS_FD", "-1")),
             report_fd=int(environ.get("DTRAIN_REPORT_FD", "-1")),
         )
+
+
+def script_environ(env: WorkerEnv, environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun sets besides, for a script that expects it; nothing here replaces what the user has set."""
+    wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    if env.master_addr.startswith("127."):  # on loopback gloo must not look the host name up
+        wanted["GLOO_SOCKET_IFNAME"] = "lo"
+    ours = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # runtime/scriptstore.py serves it
+    return {**ours, **{name: value for name, value in wanted.items() if name not in environ}}

@@ -74,7 +74,9 @@ def throughput(record: Mapping[str, Any]) -> str:
 def metric_line(record: Mapping[str, Any], steps: int | None, eta_s: float | None) -> str:
     """`step  120/300  loss 2.7130  lr 3.0e-04  12.3k tokens/s  ETA 1m 20s`"""
     step = str(record["step"])
-    parts = [f"step {step:>{len(str(steps))}}/{steps}" if steps else f"step {step}", f"loss {number(record, 'loss')}"]
+    parts = [f"step {step:>{len(str(steps))}}/{steps}" if steps else f"step {step}"]
+    if "loss" in record:  # a script may report other numbers, or none
+        parts.append(f"loss {number(record, 'loss')}")
     if isinstance(record.get("lr"), int | float):
         parts.append(f"lr {record['lr']:.1e}")
     if speed := throughput(record):
@@ -267,7 +269,7 @@ def outcome_lines(
 ) -> list[Said]:
     """The last words of a run. `again`: the command that continues it; `failure`: what has just been shown."""
     state, step, reason = ended.get("state"), ended.get("step"), without_message(ended.get("reason") or "", failure)
-    at = f" at step {step}" + (f" of {steps}" if steps else "") if step is not None else ""
+    at = f" at step {step}" + (f" of {steps}" if steps else "") if step or steps else ""  # a script may count none
     why = f": {reason}" if reason and reason != state else ""  # "cancelled: cancelled" says nothing
     lines = {
         "done": [Said(f"done{at}", "good")],

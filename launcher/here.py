@@ -30,6 +30,7 @@ from dtrain.launcher.runs import Job
 from dtrain.launcher.screen import PlainScreen
 from dtrain.launcher.submit import end
 from dtrain.runtime.checkpoint.attempts import Attempt, claim_attempt
+from dtrain.runtime.childproc import ENTRIES
 
 STATES = {exits.DONE: "done", exits.STOPPED: "stopped", exits.CANCELLED: "cancelled"}
 POLL_S = 0.2
@@ -44,11 +45,12 @@ def train_here(job: Job, since: Bookmark) -> int:
     append_event(job.run, "attempt_started", **{"attempt": attempt.number, "world_size": 1, "nodes": 1, "from": origin})
     _prepare_process(job)
     screen = PlainScreen(job.steps, sys.stdout)
-    with _ctrl_c() as interrupts, _shown(job, attempt, screen, since) as report_fd:
+    patience = 1 if plan.kind == "model" else 0  # a script is interrupted at once, as without us
+    with _ctrl_c(patience) as interrupts, _shown(job, attempt, screen, since) as report_fd:
         # torch comes with the worker, and only now: the launcher itself never imports it.
-        worker = importlib.import_module("dtrain.runtime.worker")
-        code = int(worker.main(_worker_env(job, attempt, report_fd)))
-    return _finish(job, screen, code, interrupted=len(interrupts) > 1)
+        module, _, function = ENTRIES[plan.kind].partition(":")
+        code = int(getattr(importlib.import_module(module), function)(_worker_env(job, attempt, report_fd)))
+    return _finish(job, screen, code, interrupted=len(interrupts) > patience)
 
 
 def _prepare_process(job: Job) -> None:
@@ -98,13 +100,13 @@ def _finish(job: Job, screen: PlainScreen, code: int, *, interrupted: bool) -> i
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """The first Ctrl-C saves and stops, as SIGTERM does; the second interrupts whatever runs. pdb sets its own."""
+def _ctrl_c(patience: int) -> Iterator[list[int]]:
+    """The first `patience` Ctrl-Cs save and stop, as SIGTERM does; the next interrupts what runs. pdb sets its own."""
     seen: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         seen.append(signum)
-        if len(seen) > 1:
+        if len(seen) > patience:
             raise KeyboardInterrupt
         print("Ctrl-C: saving and stopping at the end of a step; once more interrupts at once", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)

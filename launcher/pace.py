@@ -43,6 +43,8 @@ class Pace:
 
 def is_work(waited_s: float, workers: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every rank is in a phase that may well take longer than steps do, and this is not much longer yet."""
+    if workers and all(worker.get("phase") == "script" and not worker.get("step") for worker in workers):
+        return True  # a script that reports no steps: there is nothing to wait for
     long = bool(workers) and all(worker.get("phase") in LONG_PHASES for worker in workers)
     return long and waited_s < LONG_PATIENCE_S
 

@@ -29,7 +29,7 @@ from dtrain.runtime.report import Reporter
 from dtrain.runtime.stopflag import stop_flag
 
 Entry = Callable[[WorkerEnv], int]
-DEFAULT_ENTRY = "dtrain.runtime.worker:main"
+ENTRIES = {"model": "dtrain.runtime.worker:main", "script": "dtrain.runtime.script:main"}  # by JobPlan.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

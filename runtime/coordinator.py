@@ -253,7 +253,12 @@ class Coordinator:
         self._check_term()
         self._status.finish_attempt(log.done)
         culprit = find_culprit(log.facts) if log.facts else None
-        decision = decide(self._memory, log.outcome(culprit), self._plan.max_restarts_without_progress)
+        decision = decide(
+            self._memory,
+            log.outcome(culprit),
+            self._plan.max_restarts_without_progress,
+            script=self._plan.kind == "script",
+        )
         if culprit is not None and (self._memory.stop is None or decision.exit_code == exits.NEVER_RETRY):
             failure = describe(culprit, log.number, range(self._plan.world_size)).to_json()
             self._try(lambda: write_atomic(self._run.failure, json.dumps(failure, indent=1)))

@@ -60,8 +60,9 @@ class Decision:
     exit_code: int = exits.DONE
 
 
-def decide(memory: Memory, outcome: Outcome, max_stuck: int) -> Decision:
-    """One decision an attempt. `max_stuck`: recovery.max_restarts_without_progress."""
+def decide(memory: Memory, outcome: Outcome, max_stuck: int, *, script: bool = False) -> Decision:
+    """One decision an attempt. `max_stuck`: recovery.max_restarts_without_progress. `script`: the workers are not ours;
+    one that was asked to stop may well end with 0 before its work is done, so that counts as stopped."""
     known = replace(
         memory,
         running=False,
@@ -69,8 +70,9 @@ def decide(memory: Memory, outcome: Outcome, max_stuck: int) -> Decision:
         committed=max(memory.committed, outcome.committed),
     )
     culprit = outcome.culprit
-    if culprit is None and outcome.codes == {exits.DONE}:
-        return Decision(memory=known, state="done", exit_code=exits.DONE, reason="all steps are done")
+    if culprit is None and outcome.codes == {exits.DONE} and not (script and memory.stop):
+        reason = "the script ended with 0" if script else "all steps are done"
+        return Decision(memory=known, state="done", exit_code=exits.DONE, reason=reason)
     if memory.stop is not None:
         return stopped(known, "" if culprit is None else _unsaved(outcome, culprit))
     if culprit is None:

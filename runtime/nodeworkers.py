@@ -16,7 +16,7 @@ from dtrain.cluster.jobplan import JobPlan, worker_environ
 from dtrain.cluster.procs import clear_session
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.workerenv import WorkerEnv
-from dtrain.runtime.childproc import WorkerSpec
+from dtrain.runtime.childproc import ENTRIES, WorkerSpec
 from dtrain.runtime.nodelog import NodeLog
 from dtrain.runtime.options import Options
 from dtrain.runtime.warm import ExecStarter, Starter, StartError, WarmParent, WarmStarter, exec_warm_parent
@@ -92,7 +92,7 @@ class NodeWorkers:
     async def _start_one(self, worker: WorkerProcess, starter: Starter, store: socket.socket | None) -> Starter:
         """Warm where that works, else plainly from this worker on; the starter for the next one."""
         spec = WorkerSpec(
-            entry=self._options.entry,
+            entry=self._options.entry or ENTRIES[self._plan.kind],
             cwd=self._plan.cwd,
             sys_path=self._plan.sys_path,
             worker=worker.env.to_environ(),
@@ -128,6 +128,7 @@ class NodeWorkers:
             device=f"cuda:{local_rank % gpus}" if gpus else "cpu",
             resume_step=order.resume_step,
             resume_attempt=order.resume_attempt,
+            max_restarts=plan.max_restarts_without_progress,
         )
 
     def progress(self) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtrain.cluster.zygote import PRELOAD
-from dtrain.runtime.childproc import DEFAULT_ENTRY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class Options:
     run_dir: str
     job_id: str
     node_rank: int
-    entry: str = DEFAULT_ENTRY
+    entry: str = ""  # "": what the plan's kind asks for
     preload: tuple[str, ...] = PRELOAD
     timings: Timings = Timings()
     agent_args: tuple[str, ...] = ()  # the part of the command line that a replaced node must be given too
@@ -39,7 +38,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--job-id", required=True)
     parser.add_argument("--node-rank", required=True, type=int)
-    parser.add_argument("--entry", default=DEFAULT_ENTRY, help="module:function that a worker runs")
+    parser.add_argument("--entry", default="", help="module:function that a worker runs in the place of ours")
     parser.add_argument("--preload", default=",".join(PRELOAD), help="modules that the warm parent imports")
     parser.add_argument("--timings", default="{}", help="JSON of fields of Timings")
     given = parser.parse_args(argv)

@@ -30,6 +30,7 @@ class Phase(enum.IntEnum):
     SAVING = 7
     FINISHING = 8
     WAITING = 9  # for the other ranks, before a step
+    SCRIPT = 10  # a script's own code, of which nobody can tell more
 
     def __str__(self) -> str:
         return self.name.lower()
