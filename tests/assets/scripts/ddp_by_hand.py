@@ -31,7 +31,7 @@ def main() -> None:
     for step, (x, y) in enumerate(loader, start=1):
         loss = nn.functional.mse_loss(model(x), y)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         mean = loss.detach().clone()
         dist.all_reduce(mean)
