@@ -42,6 +42,7 @@ class Command:
 
 COMMANDS = (
     Command(name="launch", help="train what a config file describes", overrides=True),
+    Command(name="init", help="write a config and a module that train as they are"),
     Command(name="config", help="the resolved config, each value with its file:line", overrides=True),
     Command(name="ls", help="the runs that were launched from here"),
     Command(name="status", help="where a run stands"),

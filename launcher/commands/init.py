@@ -1,0 +1,58 @@
+"""`dtrain init`: a config and a module that train as they are, for a person to change piece by piece."""
+
+from __future__ import annotations
+
+import argparse
+import keyword
+import os
+import re
+import shlex
+from pathlib import Path
+
+from dtrain.cluster import exits
+from dtrain.cluster.errors import UsageError
+from dtrain.cluster.rundir import write_once
+from dtrain.launcher import starter
+from dtrain.launcher.cli import program
+
+HELP = "Writes a commented config and a small module that train as they are. Overwrites nothing."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", default="train", help="of the config; left out: train")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = Path(args.name if args.name.endswith((".yaml", ".yml")) else f"{args.name}.yaml")
+    module = config.with_name(f"{module_name(config.stem)}.py")
+    texts = {
+        config: starter.CONFIG.format(file=config.name, module=module.stem),
+        module: starter.MODULE.format(file=config.name),
+    }
+    _refuse_taken(list(texts))
+    config.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        if not write_once(path, text):
+            raise UsageError(f"{path} exists already, and init overwrites nothing. Choose another name.")
+    command = shlex.join([*map(os.fspath, program()), "launch"])
+    print(f"Wrote {config} and {module}. Next:")
+    print(f"  {command} --dry-run {shlex.quote(str(config))}")
+    print(f"  {command} {shlex.quote(str(config))}")
+    return exits.DONE
+
+
+def module_name(stem: str) -> str:
+    """A name that Python can import, and that hides no module of the same name: my-run -> my_run_parts."""
+    name = re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_")
+    if not name or name[0].isdigit() or keyword.iskeyword(name):
+        name = f"run_{name}".rstrip("_")
+    return f"{name}_parts"
+
+
+def _refuse_taken(paths: list[Path]) -> None:
+    taken = [str(path) for path in paths if os.path.lexists(path)]
+    if taken:
+        raise UsageError(f"{' and '.join(taken)} exists already, and init overwrites nothing. Choose another name.")
+    folder = paths[0].parent
+    if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{folder.resolve()} is not writable. Change to another directory.")

@@ -1,0 +1,63 @@
+"""`dtrain init`: what it writes trains as it is, and nothing that exists is touched."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.launcher.cli import main
+from dtrain.launcher.commands.init import module_name
+
+DTRAIN = Path(sys.executable).parent / "dtrain"
+
+
+def dtrain(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([DTRAIN, *words], cwd=folder, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["train", "my run; rm -rf ~", "3d/torch"])
+def test_what_it_writes_passes_and_trains(tmp_path: Path, name: str) -> None:
+    done = dtrain(tmp_path, "init", name)
+    assert done.returncode == 0, done.stderr
+    dry, real = (shlex.split(line) for line in done.stdout.splitlines()[1:])
+    checked = subprocess.run(dry, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert checked.returncode == 0, checked.stderr
+    trained = subprocess.run(real, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines() if '"loss"' in line]
+    assert losses[0] > 0.6
+    assert losses[-1] < 0.2
+
+
+@pytest.mark.parametrize("taken", ["cfg.yaml", "cfg_parts.py"])
+def test_it_overwrites_nothing(
+    tmp_path: Path, taken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / taken).write_text("mine")
+    assert main(["init", "cfg"]) == 2
+    assert f"{taken} exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [taken]
+    assert (tmp_path / taken).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("stem", "module"),
+    [
+        ("train", "train_parts"),
+        ("my-run", "my_run_parts"),
+        ("3d", "run_3d_parts"),
+        ("für", "f_r_parts"),
+        ("%", "run_parts"),
+    ],
+)
+def test_a_module_has_a_name_that_python_can_import(stem: str, module: str) -> None:
+    assert module_name(stem) == module
+    assert module.isidentifier()
