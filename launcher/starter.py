@@ -27,6 +27,14 @@ cluster: {{nodes: 2}}                     # `dtrain launch --nodes N` wins over 
 # strategy: fsdp                        # left out: chosen, and said why
 """
 
+SCRIPT = """\
+# A script that torchrun runs, as it is. What it may expect, and how it becomes resumable: docs/scripts.md of dtrain.
+#   dtrain launch {file}
+script: {script}
+
+cluster: {{nodes: 2}}                     # `dtrain launch --nodes N` wins over this; procs_per_node: one a GPU
+"""
+
 MODULE = '''\
 """The parts that {file} names: plain PyTorch, nothing of dtrain. Put your own in their place."""
 

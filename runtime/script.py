@@ -54,9 +54,19 @@ def _run(env: WorkerEnv, report: Reporter, progress: ProgressWriter) -> int:
     progress.phase(Phase.SCRIPT)
     code = _exit_code_of(script, _take_folders(run), report)
     progress.phase(Phase.FINISHING)
-    if code in (exits.DONE, exits.STOPPED) and env.world_size > 1:
-        _open_store(env).wait_for_all()
+    together = code in (exits.DONE, exits.STOPPED) and env.world_size > 1
+    store = _open_store(env) if together else None  # now: a script may have done without torch, which is imported here
+    if code in (exits.DONE, exits.STOPPED):
+        _end_threads()
+    if store is not None:
+        store.wait_for_all()
     return code
+
+
+def _end_threads() -> None:
+    """What the interpreter does before it ends: waits for threads, and has pools end theirs. Private, but there is no
+    other way to it; multiprocessing's children do the same. Afterwards much can't be imported any more."""
+    cast(Any, threading)._shutdown()
 
 
 @cache  # rank 0's serves until the process ends: what the script leaves to exit handlers may need it
@@ -101,9 +111,6 @@ def _exit_code_of(script: Script, folders: Sequence[str], report: Reporter) -> i
         _save_what_is_in_flight()
     else:
         code = exits.DONE
-    # What the interpreter does before it ends: waits for threads, and has pools end theirs. Private, but there is no
-    # other way to it; multiprocessing's children do the same.
-    cast(Any, threading)._shutdown()
     return code
 
 

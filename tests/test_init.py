@@ -36,6 +36,18 @@ def test_what_it_writes_passes_and_trains(tmp_path: Path, name: str) -> None:
     assert losses[-1] < 0.2
 
 
+@pytest.mark.e2e
+def test_a_config_for_a_script(tmp_path: Path) -> None:
+    (tmp_path / "hello.py").write_text("import os, sys\nprint('rank', os.environ['RANK'], sys.argv[1:])\n")
+    done = dtrain(tmp_path, "init", "cfg", "--script", "hello.py --flag 'two words: #'")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["cfg.yaml", "hello.py"]
+    trained = dtrain(tmp_path, "launch", "cfg.yaml")
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    logs = "".join(path.read_text() for path in tmp_path.glob("runs/cfg/logs/a0001/*.log"))
+    assert logs.count("['--flag', 'two words: #']") == 2
+
+
 @pytest.mark.parametrize("taken", ["cfg.yaml", "cfg_parts.py"])
 def test_it_overwrites_nothing(
     tmp_path: Path, taken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

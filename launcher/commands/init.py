@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 from dtrain.cluster import exits
+from dtrain.cluster.configfile import dump_yaml
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.rundir import write_once
 from dtrain.launcher import starter
@@ -20,25 +21,34 @@ HELP = "Writes a commented config and a small module that train as they are. Ove
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", default="train", help="of the config; left out: train")
+    parser.add_argument("--script", metavar="'FILE --FLAGS'", help="a config for a script that torchrun runs, instead")
 
 
 def run(args: argparse.Namespace) -> int:
     config = Path(args.name if args.name.endswith((".yaml", ".yml")) else f"{args.name}.yaml")
-    module = config.with_name(f"{module_name(config.stem)}.py")
-    texts = {
-        config: starter.CONFIG.format(file=config.name, module=module.stem),
-        module: starter.MODULE.format(file=config.name),
-    }
+    texts = _starter(config) if args.script is None else _script(config, args.script)
     _refuse_taken(list(texts))
     config.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         if not write_once(path, text):
             raise UsageError(f"{path} exists already, and init overwrites nothing. Choose another name.")
     command = shlex.join([*map(os.fspath, program()), "launch"])
-    print(f"Wrote {config} and {module}. Next:")
+    print(f"Wrote {' and '.join(map(str, texts))}. Next:")
     print(f"  {command} --dry-run {shlex.quote(str(config))}")
     print(f"  {command} {shlex.quote(str(config))}")
     return exits.DONE
+
+
+def _starter(config: Path) -> dict[Path, str]:
+    module = config.with_name(f"{module_name(config.stem)}.py")
+    return {
+        config: starter.CONFIG.format(file=config.name, module=module.stem),
+        module: starter.MODULE.format(file=config.name),
+    }
+
+
+def _script(config: Path, script: str) -> dict[Path, str]:
+    return {config: starter.SCRIPT.format(file=config.name, script=dump_yaml(script, flow=True))}
 
 
 def module_name(stem: str) -> str:
