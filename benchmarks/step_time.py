@@ -42,7 +42,7 @@ from dtrain.runtime.progress import ProgressWriter
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import Reporter
 from dtrain.runtime.schedules import make_schedule
-from dtrain.runtime.task import autocast, make_loss
+from dtrain.runtime.task import autocast, make_task
 from dtrain.runtime.trainer import Training, train
 from dtrain.strategies.config import StrategyConfig
 
@@ -63,7 +63,7 @@ class NoSaves:
     def due(self, step: int) -> bool:
         return False
 
-    def save(self, step: int, place: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any]) -> None:
         pass
 
     def wait(self) -> None:
@@ -98,11 +98,11 @@ def dtrain_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
             workers=0,
             device=ranks.device,
         ),
-        loss=make_loss(CONFIG.loss, ranks.device),
+        task=make_task(CONFIG, wrapped.module, ranks.device),
         autocast=autocast("fp32", ranks.device, cache=True),
         ranks=ranks,
         saves=NoSaves(),
-        evaluate=None,
+        evaluations=None,
         metrics=MetricsLog(run_dir / "metrics.jsonl", 0) if ranks.global_rank == 0 else None,
         progress=ProgressWriter(-1),
         report=Reporter(-1),

@@ -2,7 +2,8 @@
 
 config.yaml    the resolved config           job.json      the current submission (a JobPlan and more)
 events.jsonl   everything that happened      metrics.jsonl one record a step
-failure.json   the last culprit              logs/a0003/node-0.log
+failure.json   the last culprit              evaluations.jsonl one record an evaluation
+logs/a0003/node-0.log
 control/<job_id>/  (0700) token, coordinator-0001.json, node-0.json, status.json, cancel, ended.json
 """
 
@@ -26,6 +27,7 @@ class RunDir:
         self.job = self.path / "job.json"
         self.events = self.path / "events.jsonl"
         self.metrics = self.path / "metrics.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
         self.failure = self.path / "failure.json"
 
     def log(self, attempt: int, node_rank: int) -> Path:

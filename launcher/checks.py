@@ -43,6 +43,8 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
     checks: tuple[tuple[tuple[str, ...], Callable[..., Found]], ...] = (
         (("train", "data"), _batches),
         (("train", "schedule"), _schedule),
+        (("train", "data", "metrics"), _evaluations),
+        (("data", "loss", "loss_closure", "metrics"), _closure),
         (("strategy", "cluster"), check_cluster),
         (("run_dir", "checkpoint"), _places),
         (("track",), _trackers),
@@ -66,6 +68,31 @@ def _batches(train: TrainConfig, data: DataConfig) -> Found:
         yield "train.eval_every", "there is nothing to evaluate on: set data.eval, or leave it out."
     if train.clip_grad_norm == 0:
         yield "train.clip_grad_norm", "0 would clip every gradient to nothing. Leave it out for no clipping."
+
+
+def _evaluations(train: TrainConfig, data: DataConfig, metrics: Target | None) -> Found:
+    if metrics is not None and data.eval is None:
+        yield "metrics", "they are means over data.eval, which is not set. Set it, or leave metrics out."
+    rule = train.early_stop
+    if rule is None:
+        return
+    if data.eval is None or train.eval_every is None:
+        missing = "data.eval" if data.eval is None else "train.eval_every"
+        yield "train.early_stop", f"looks at every evaluation, but {missing} is not set. Set it, or leave this out."
+    if rule.metric != "loss" and metrics is None:
+        yield "train.early_stop.metric", f"there is no metric {rule.metric}: set metrics, or take loss."
+
+
+def _closure(data: DataConfig, loss: Target | None, closure: Target | None, metrics: Target | None) -> Found:
+    if closure is None:
+        return
+    without = "Leave one of the two out."
+    if loss is not None:
+        yield "loss_closure", f"calls the model and gives the loss itself, so loss is never asked. {without}"
+    if data.forward is not None:
+        yield "loss_closure", f"calls the model itself, so data.forward is never asked. {without}"
+    if metrics is not None:
+        yield "metrics", f"needs the model's output, which loss_closure keeps to itself. {without}"
 
 
 def _schedule(train: TrainConfig, schedule: ScheduleConfig | Target) -> Found:

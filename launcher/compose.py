@@ -31,9 +31,9 @@ from dtrain.strategies.config import StrategyConfig
 # Another model, data, optimizer, loss, seed or batch is another training; everything else may change on the way.
 IDENTITY = {
     "model": ("model",),
-    "data": ("data.train", "data.collate", "data.shuffle"),
+    "data": ("data.train", "data.collate", "data.forward", "data.shuffle"),
     "optimizer": ("optimizer",),
-    "loss": ("loss",),
+    "loss": ("loss", "loss_closure"),
     "count": ("count",),
     "seed": ("train.seed",),
     "batch_size": ("data.batch_size",),

@@ -271,13 +271,16 @@ def outcome_lines(
     state, step, reason = ended.get("state"), ended.get("step"), without_message(ended.get("reason") or "", failure)
     at = f" at step {step}" + (f" of {steps}" if steps else "") if step or steps else ""  # a script may count none
     why = f": {reason}" if reason and reason != state else ""  # "cancelled: cancelled" says nothing
+    early = steps is not None and step is not None and step < steps
     lines = {
-        "done": [Said(f"done{at}", "good")],
+        "done": [Said(f"done{at}{why if early else ''}", "good")],
         "stopped": [Said(f"stopped{at}{why or ': its state is saved'}", "good")],
         "cancelled": [Said(f"cancelled{at}{why}", "bad")],
     }.get(str(state), [Said(f"{state}{at}{why}", "bad")])
     lines += [Said(f"  run dir      {run_dir}"), Said(f"  checkpoints  {url}")]
-    if state == "done" and steps:
+    if state == "done" and early:
+        lines.append(Said(f"  train on:    {again} train.early_stop=null"))
+    elif state == "done" and steps:
         lines.append(Said(f"  train on:    {_with_steps(again, 2 * steps)}"))
     elif state != "done":
         fix = "fix the cause, then " if ended.get("exit_code") == exits.NEVER_RETRY else ""

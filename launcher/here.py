@@ -21,7 +21,7 @@ from typing import Any
 
 from dtrain.cluster import exits
 from dtrain.cluster.procs import ProcessId
-from dtrain.cluster.rundir import RunDir, append_event, write_atomic
+from dtrain.cluster.rundir import RunDir, append_event, read_jsonl, write_atomic
 from dtrain.cluster.storage import open_storage
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.launcher.console import outcome_lines
@@ -89,7 +89,7 @@ def _finish(job: Job, screen: PlainScreen, code: int, *, interrupted: bool) -> i
     if code == exits.STOPPED and job.control.cancel.exists():
         code = exits.CANCELLED
     state = STATES.get(code, "failed")
-    reason = "interrupted" if interrupted else ""
+    reason = "interrupted" if interrupted else _stopped_early(job) if state == "done" else ""
     step = bookmark(job.run).newest[1]
     end(job, state=state, exit_code=code, reason=reason, step=step)
     url, again = job.plan.checkpoint_url, again_command(job)
@@ -97,6 +97,13 @@ def _finish(job: Job, screen: PlainScreen, code: int, *, interrupted: bool) -> i
     for said in outcome_lines(words, steps=job.steps, run_dir=str(job.run.path), url=url, again=again):
         screen.say(said)
     return exits.DETACHED if interrupted else code
+
+
+def _stopped_early(job: Job) -> str:
+    """The reason, where evaluations ended this job before its last step."""
+    events = list(read_jsonl(job.run.events))
+    begun = max(index for index, event in enumerate(events) if event["type"] == "submitted")
+    return next((str(event["reason"]) for event in events[begun:] if event["type"] == "stopped_early"), "")
 
 
 @contextmanager

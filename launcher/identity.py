@@ -13,6 +13,7 @@ class Existing:
     job_id: str
     state: str  # as in launcher/state.py
     step: int  # the last one that it finished
+    stopped_early: str = ""  # why it is done before its last step, where the new config would end it so again
     identity_lines: tuple[str, ...]  # what makes it another training: model, data, optimizer, loss, seed, batch
     other_lines: tuple[str, ...]  # what differs without making it another training
 
@@ -39,6 +40,9 @@ def decide(
         return Decision(action="refuse", lines=_changed_lines(existing))
     if steps_asked is None:
         return _of_script(existing)
+    if existing.state == "done" and existing.stopped_early:
+        go_on = "To train on: train.early_stop=null, or more train.early_stop.patience; --fresh trains anew."
+        return Decision(action="done", lines=(f"done already: {existing.stopped_early}. {go_on}",), final=True)
     reached = max(existing.step if existing.state == "done" else 0, _beyond(checkpoint_step, steps_asked))
     if reached >= steps_asked:
         raise_it = "Raise train.steps to go on, or --fresh to train anew."

@@ -9,6 +9,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
@@ -96,9 +97,18 @@ def _existing(config: LaunchConfig, run: RunDir) -> Existing | None:
         job_id=job.plan.job_id,
         state=status["state"],
         step=int(status["step"] or 0),
+        stopped_early="" if identity_lines else _stopped_early(status, job.steps, other_lines),
         identity_lines=tuple(identity_lines),
         other_lines=tuple(other_lines),
     )
+
+
+def _stopped_early(status: dict[str, Any], steps: int | None, differs: list[str]) -> str:
+    """The reason of a run that is done before its last step; empty where another rule of train.early_stop is asked for
+    now, by which it may go on."""
+    if status["state"] != "done" or steps is None or status["step"] >= steps:
+        return ""
+    return "" if any(line.startswith("train.early_stop") for line in differs) else str(status["reason"])
 
 
 def header(plan: JobPlan, settled: Settled) -> list[str]:

@@ -92,10 +92,13 @@ def target_checks(run: RunConfig) -> list[TargetCheck]:
         ("data.train", run.data.train, 0, False),
         ("data.eval", run.data.eval, 0, False),
         ("data.collate", run.data.collate, 1, True),
+        ("data.forward", run.data.forward, 2, True),
         ("optimizer", run.optimizer.target, 1, False),
         ("schedule", schedule, 1, False),
         ("loss", run.loss, 2, True),
         ("count", run.count, 1, True),
+        ("loss_closure", run.loss_closure, 2, True),
+        ("metrics", run.metrics, 2, True),
         ("on_end", run.on_end, 1, True),
     )
     settings = dict.fromkeys(name for group in run.optimizer.groups for name in group.settings)

@@ -24,6 +24,7 @@ class AttemptLog:
     reached: int = 0
     done: int = 0
     committed: int = 0
+    stopped_early: str = ""
 
     def apply(self, node: int, message: dict[str, Any]) -> None:
         """Messages of other attempts change nothing."""
@@ -46,6 +47,8 @@ class AttemptLog:
                 self._exited(node, message)
             case "event" if message["event"].get("type") == "checkpoint_committed":
                 self.committed = max(self.committed, int(message["event"].get("step", 0)))
+            case "event" if message["event"].get("type") == "stopped_early":
+                self.stopped_early = str(message["event"].get("reason", ""))
             case "killed":
                 self.gone.add(node)
 
@@ -66,6 +69,7 @@ class AttemptLog:
             committed=self.committed,
             codes=frozenset(self.codes.values()),
             culprit=culprit,
+            stopped_early=self.stopped_early,
         )
 
     def _lost(self, node: int, message: dict[str, Any]) -> None:

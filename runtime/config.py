@@ -109,10 +109,43 @@ class DataConfig:
     collate: Target | None = field(
         default=None, metadata={"doc": "callable(list of samples) -> batch; left out: torch's default_collate"}
     )
+    forward: Target | None = field(
+        default=None,
+        metadata={
+            "doc": "callable(model, batch) -> output, where no plain call of the model fits; it calls `model(...)`"
+        },
+    )
     workers: int = field(
         default=0, metadata={"doc": "loader processes a rank; 0: samples are read between steps", "min": 0}
     )
     shuffle: bool = field(default=True, metadata={"doc": "a new order every epoch, a pure function of seed and epoch"})
+
+
+def check_metric_name(name: str) -> None:
+    """Of a metric in the config: `loss`, or a name that the metrics callable gives. Raises ValueError."""
+    if not name.strip():
+        raise ValueError('expects the name of a metric: "loss", or one that `metrics` returns.')
+
+
+_METRIC = {"doc": "`loss`, or a name that `metrics` returns", "validate": check_metric_name}
+_MODE = {"doc": "`min`: lower is better; `max`: higher is"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyStopConfig:
+    """`early_stop: loss` is short for `{metric: loss}`."""
+
+    SHORT: ClassVar[str] = "metric"
+
+    metric: str = field(default="loss", metadata=_METRIC)
+    mode: Literal["min", "max"] = field(default="min", metadata=_MODE)
+    patience: int = field(
+        default=3,
+        metadata={"doc": "evaluations in a row without an improvement, after which the run is done", "min": 1},
+    )
+    min_delta: float = field(
+        default=0.0, metadata={"doc": "what is less than this much better is no improvement", "min": 0.0}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +169,10 @@ class TrainConfig:
     )
     eval_every: int | None = field(
         default=None, metadata={"doc": "steps between evaluations over data.eval; left out: at the end only", "min": 1}
+    )
+    early_stop: EarlyStopConfig | None = field(
+        default=None,
+        metadata={"doc": "`{metric, mode, patience, min_delta}`: ends the run when evaluations no longer improve"},
     )
 
 
@@ -212,7 +249,25 @@ class RunConfig:
         metadata={"doc": "callable(output, batch) -> scalar mean, or (sum, count); left out: `output.loss`"},
     )
     count: Target | None = field(
-        default=None, metadata={"doc": "callable(batch) -> what the loss is a mean over; left out: samples"}
+        default=None,
+        metadata={
+            "doc": "callable(batch) -> what the loss is a mean over; left out: samples, for `output.loss` the "
+            "`labels` that are not -100"
+        },
+    )
+    loss_closure: Target | None = field(
+        default=None,
+        metadata={
+            "doc": "callable(model, batch) -> scalar mean, or (sum, count): instead of `loss` and `data.forward`, for "
+            "a loss that needs the model; it calls `model(...)`"
+        },
+    )
+    metrics: Target | None = field(
+        default=None,
+        metadata={
+            "doc": "callable(output, batch) -> `{name: scalar mean, or (sum, count)}`: means over data.eval at each "
+            "evaluation"
+        },
     )
     schedule: ScheduleConfig | Target = field(
         default_factory=ScheduleConfig,

@@ -48,6 +48,7 @@ class Outcome:
     committed: int = 0
     codes: frozenset[int] = frozenset()
     culprit: Fact | None = None
+    stopped_early: str = ""  # why the workers left before the last step, done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ def decide(memory: Memory, outcome: Outcome, max_stuck: int, *, script: bool = F
     )
     culprit = outcome.culprit
     if culprit is None and outcome.codes == {exits.DONE} and not (script and memory.stop):
-        reason = "the script ended with 0" if script else "all steps are done"
+        reason = "the script ended with 0" if script else outcome.stopped_early or "all steps are done"
         return Decision(memory=known, state="done", exit_code=exits.DONE, reason=reason)
     if memory.stop is not None:
         return stopped(known, "" if culprit is None else _unsaved(outcome, culprit))

@@ -1,9 +1,14 @@
-"""The mean loss over a whole data set, spread over the ranks."""
+"""The mean loss, and the means of the user's own metrics, over a whole data set that is spread over the ranks.
+
+When that happens and what follows from it: evaluations.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +17,13 @@ from torch import nn
 
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime.batches import Batches
-from dtrain.runtime.data import Count, Source
+from dtrain.runtime.data import Source, seed_everything
+from dtrain.runtime.means import Means, sums_of
 from dtrain.runtime.ranks import Ranks
-from dtrain.runtime.task import Loss, forward
+from dtrain.runtime.task import Task
+from dtrain.strategies.protocol import MicroBatch
+
+Metrics = Callable[[Any, Any], Any]  # (output, batch) -> {name: number or (sum, count)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +32,11 @@ class Evaluation:
 
     make_source: Callable[[], Source]  # of one pass
     ranks: Ranks
+    seed: int
     workers: int
     collate: Callable[[list[Any]], Any] | None
-    count: Count
-    loss: Loss
+    task: Task
+    metrics: Metrics | None
     autocast: Callable[[], Any]
     stop_requested: Callable[[], bool]
 
@@ -39,19 +49,15 @@ class Evaluation:
             start_step=0,
             steps=source.num_steps,
             collate=self.collate,
-            count=self.count,
+            count=self.task.count,
             workers=self.workers,
             device=self.ranks.device,
         )
-        model.eval()
-        try:
-            with batches:
-                return self._mean(model, batches, source.num_steps)
-        finally:
-            model.train()
+        with batches, _in_eval_mode(model):
+            return self._means(model, batches, source.num_steps)
 
-    def _mean(self, model: nn.Module, batches: Batches, num_steps: int | None) -> dict[str, float] | None:
-        total, counted = 0.0, 0.0
+    def _means(self, model: nn.Module, batches: Batches, num_steps: int | None) -> dict[str, float] | None:
+        means = Means()
         for step in itertools.count(1) if num_steps is None else range(1, num_steps + 1):
             micro_batches = batches.next(step, self.stop_requested)
             # Asked before the forwards: a rank that waits for data in vain must not leave the others alone in them.
@@ -62,12 +68,45 @@ class Evaluation:
                 return None
             if not samples_left:
                 break
-            with torch.no_grad(), self.autocast():
-                for micro in micro_batches:
-                    part, number = self.loss(forward(model, micro.batch), micro.batch, micro.count)
-                    if micro.weight and number:
-                        total, counted = total + float(part), counted + number
-        total, counted = self.ranks.all_reduce([total, counted])
-        if not counted:
+            # A model may draw numbers in eval mode: the same ones in every evaluation, and when one is repeated.
+            seed_everything(self.seed, 0xE7A1, step, self.ranks.global_rank)
+            for micro in micro_batches:
+                with torch.no_grad(), self.autocast(), _naming(step, micro):
+                    means.add(self._measure(model, micro), counts=micro.weight > 0)
+        sums = means.reduce(self.ranks.all_reduce)
+        if not sums.get("loss", (0.0, 0.0))[1]:
             raise UsageError("data.eval: the counts add up to 0 over the whole data set: nothing to take a mean over")
-        return {"loss": total / counted}
+        return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
+
+    def _measure(self, model: nn.Module, micro: MicroBatch) -> dict[str, tuple[float, float]]:
+        output = self.task.forward(model, micro.batch, micro.count)
+        total, count = self.task.loss(output, micro.batch, micro.count)
+        own = sums_of(self.metrics(output, micro.batch), micro.count) if self.metrics else {}
+        return {"loss": (float(total), count), **own}
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Afterwards each part is in the mode that it was in: some may be frozen in eval mode on purpose."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()  # a model may have overridden it
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _naming(step: int, micro: MicroBatch) -> Iterator[None]:
+    """An error of the user's code in an evaluation says on which batch, and that the model was in eval mode."""
+    samples = f"samples {list(micro.indices[:16])}" if micro.indices else "a borrowed sample, which does not count"
+    place = f"on batch {step} of data.eval ({samples}), the model in eval mode"
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{error} (found {place})") from error
+    except Exception as error:
+        error.add_note(f"({place})")
+        raise

@@ -1,4 +1,5 @@
-"""metrics.jsonl: each step once. Written by global rank 0; a new attempt replaces what it computes again."""
+"""metrics.jsonl and evaluations.jsonl: each step once. Written by global rank 0; a new attempt replaces what
+it computes again."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ def clean(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Keeps the records up to `start_step` and appends the rest. The old file is replaced, not cut: a process of an
+    """Keeps the records up to `last_kept` and appends the rest. The old file is replaced, not cut: a process of an
     earlier attempt that wakes up late writes into a file that has no name any more."""
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        kept = [record for record in read_jsonl(path) if record["step"] <= start_step]
+    def __init__(self, path: Path, last_kept: int) -> None:
+        kept = [record for record in read_jsonl(path) if record["step"] <= last_kept]
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
 

@@ -26,6 +26,7 @@ class Restored:
     place: dict[str, Any]  # in the data: what Source.place() gave
     world_size: int
     strategy: str
+    early_stop: dict[str, Any] | None  # history of the evaluations, as evaluations.py saved it
 
 
 class CheckpointSaves:
@@ -58,12 +59,11 @@ class CheckpointSaves:
             return step % self._every.steps == 0
         return self._every.seconds is not None and self._clock() - self._last >= self._every.seconds
 
-    def save(self, step: int, place: dict[str, Any]) -> None:
-        """`place`: in the data. Returns when the state has been copied: training may go on."""
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Returns when the state has been copied: training may go on."""
         self._settle(last=False)
         specs, local, values = canonical_state(self._wrapped.module, self._wrapped.optimizer, self._world_size)
-        state = {"step": step, **place, "optimizer": values}
-        self._checkpointer.save(step, specs, local, state)
+        self._checkpointer.save(step, specs, local, {**state, "step": step, "optimizer": values})
         self._last = self._clock()
 
     def wait(self) -> None:
@@ -101,7 +101,8 @@ def restore(storage: Storage, step: int, attempt: int, wrapped: Wrapped, ranks: 
     )
     return Restored(
         step=step,
-        place={key: value for key, value in state.items() if key not in ("step", "optimizer")},
+        place={key: value for key, value in state.items() if key not in ("step", "optimizer", "early_stop")},
         world_size=manifest.world_size,
         strategy=str(manifest.strategy.get("name")),
+        early_stop=state.get("early_stop"),
     )

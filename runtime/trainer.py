@@ -15,18 +15,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from dtrain.runtime.batches import Batches
 from dtrain.runtime.buffers import SharedBuffers
 from dtrain.runtime.config import TrainConfig
 from dtrain.runtime.data import count_tokens, seed_everything
-from dtrain.runtime.metrics import MetricsLog, clean
+from dtrain.runtime.evaluations import Evaluations
+from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.progress import Phase, ProgressWriter
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.report import Reporter
 from dtrain.runtime.schedules import Schedule
-from dtrain.runtime.task import Loss, forward
+from dtrain.runtime.task import Task
 from dtrain.strategies.protocol import MicroBatch, StepOptions, StepResult, Wrapped
 from dtrain.strategies.step import NonFinite, run_step
 
@@ -41,7 +41,8 @@ class Saves(Protocol):
 
     def due(self, step: int) -> bool: ...
 
-    def save(self, step: int, place: dict[str, Any]) -> None: ...
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """`state`: what goes into the checkpoint besides model and optimizer, as JSON."""
 
     def wait(self) -> None: ...
 
@@ -52,11 +53,11 @@ class Training:
     wrapped: Wrapped
     schedule: Schedule
     batches: Batches
-    loss: Loss
+    task: Task
     autocast: Callable[[], Any]
     ranks: Ranks
     saves: Saves
-    evaluate: Callable[[nn.Module], dict[str, float] | None] | None
+    evaluations: Evaluations | None
     metrics: MetricsLog | None  # on global rank 0
     progress: ProgressWriter
     report: Reporter
@@ -72,8 +73,8 @@ def train(job: Training) -> Outcome:
     job.wrapped.module.train()
     buffers = SharedBuffers(job.wrapped.module, job.ranks)
     # A stop during an evaluation, or a failure, may have kept this one from its end: the save came before it.
-    if job.start_step and not _evaluated(job, job.start_step):
-        return _stop(job, job.start_step)
+    if job.start_step and (outcome := _evaluate(job, job.start_step)):
+        return outcome
     for step in range(job.start_step + 1, job.config.steps + 1):
         began = time.perf_counter()
         job.progress.step(step)
@@ -89,8 +90,8 @@ def train(job: Training) -> Outcome:
         _record(job, step, micro_batches, result, lr, time.perf_counter() - began)
         if save_due or step == job.config.steps:  # before the evaluation: it may be long
             _save(job, step)
-        if not _evaluated(job, step):
-            return _stop(job, step)
+        if outcome := _evaluate(job, step):
+            return outcome
     job.progress.phase(Phase.FINISHING)
     job.saves.wait()
     return Outcome.DONE
@@ -112,8 +113,8 @@ def _step(job: Training, step: int, micro_batches: list[MicroBatch], count: floa
         total_count=count,
         clip_grad_norm=job.config.clip_grad_norm,
         autocast=job.autocast,
-        forward=forward,
-        loss=job.loss,
+        forward=job.task.forward,
+        loss=job.task.loss,
         all_reduce=job.ranks.all_reduce,
         on_phase=lambda name: job.progress.phase(Phase[name.upper()]),
     )
@@ -156,29 +157,41 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _evaluated(job: Training, step: int) -> bool:
-    """Evaluates where it is due after `step`. False: a stop was requested meanwhile."""
-    every = job.config.eval_every
-    if job.evaluate is None or not (step >= job.config.steps or (every and step % every == 0)):
-        return True
+def _evaluate(job: Training, step: int) -> Outcome | None:
+    """Evaluates where it is due after `step`. The outcome where the run ends here: asked to stop, or stopped early."""
+    evaluations = job.evaluations
+    if evaluations is None or not evaluations.due(step):
+        return None
     job.progress.phase(Phase.EVALUATING)
-    found = job.evaluate(job.wrapped.module)
+    found = evaluations.run(step, job.wrapped.module)
     job.wrapped.sync.settle()
-    if found is not None and job.ranks.global_rank == 0:
-        job.report.event("evaluated", step=step, metrics=clean(found))
-    return found is not None
+    if found is None:
+        return _stop(job, step)
+    return _stop_early(job, step, evaluations.verdict) if evaluations.verdict and step < job.config.steps else None
 
 
 def _save(job: Training, step: int) -> None:
     job.progress.phase(Phase.SAVING)
-    job.saves.save(step, job.batches.place(step))
+    history = job.evaluations.state() if job.evaluations else {}
+    job.saves.save(step, {**job.batches.place(step), **history})
     job.saved.append(step)
 
 
 def _stop(job: Training, step: int) -> Outcome:
     """`step` is done on every rank and none has begun the next."""
+    _save_last(job, step)
+    return Outcome.STOPPED
+
+
+def _stop_early(job: Training, step: int, why: str) -> Outcome:
+    _save_last(job, step)
+    if job.ranks.global_rank == 0:
+        job.report.event("stopped_early", step=step, reason=why)
+    return Outcome.DONE
+
+
+def _save_last(job: Training, step: int) -> None:
     if step > job.start_step and step not in job.saved[-1:]:
         _save(job, step)
     job.progress.phase(Phase.FINISHING)
     job.saves.wait()
-    return Outcome.STOPPED

@@ -25,8 +25,9 @@ from dtrain.runtime.batches import Batches
 from dtrain.runtime.build import Chosen, build, has_batch_statistics
 from dtrain.runtime.checkpoint.checkpointer import Checkpointer, Committed
 from dtrain.runtime.config import RunConfig, parse_interval, read_run_config
-from dtrain.runtime.data import Count, DataError, count_samples, seed_everything
+from dtrain.runtime.data import DataError, seed_everything
 from dtrain.runtime.evaluate import Evaluation
+from dtrain.runtime.evaluations import Evaluations, is_due
 from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.order import num_micro_batches
 from dtrain.runtime.progress import Phase, ProgressWriter
@@ -36,7 +37,7 @@ from dtrain.runtime.saving import CheckpointSaves, Restored, restore
 from dtrain.runtime.schedules import make_schedule
 from dtrain.runtime.sources import evaluation_source, training_source
 from dtrain.runtime.stopflag import stop_flag
-from dtrain.runtime.task import Loss, autocast, make_loss
+from dtrain.runtime.task import Task, autocast, make_task
 from dtrain.runtime.tracking.feed import TrackerFeed
 from dtrain.runtime.trainer import Outcome, Training, train
 from dtrain.strategies.protocol import Wrapped
@@ -100,13 +101,13 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
     if ranks.global_rank == 0:
         lines = describe(config, chosen, data_lines, env, wrapped)
         place.report.event("chosen", strategy=chosen.strategy, why=chosen.why, lines=lines)
-    parts = _parts(config, place, chosen)
+    parts = _parts(config, place, wrapped, chosen)
     batches = Batches(
         source,
         start_step=start_step,
         steps=config.train.steps,
         collate=parts.collate,
-        count=parts.count,
+        count=parts.task.count,
         workers=config.data.workers,
         device=ranks.device,
     )
@@ -118,11 +119,11 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
                 wrapped=wrapped,
                 schedule=schedule,
                 batches=batches,
-                loss=parts.loss,
+                task=parts.task,
                 autocast=parts.autocast,
                 ranks=ranks,
                 saves=_saves(config, place, wrapped, chosen),
-                evaluate=_evaluation(config, place, parts),
+                evaluations=_evaluations(config, place, parts, restored),
                 metrics=metrics,
                 progress=place.progress,
                 report=place.report,
@@ -138,19 +139,35 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
 class _Parts:
     """What training and evaluation share."""
 
-    loss: Loss
-    count: Count
+    task: Task
     collate: Callable[[list[Any]], Any] | None
     autocast: Callable[[], Any]
 
 
-def _parts(config: RunConfig, place: Place, chosen: Chosen) -> _Parts:
+def _parts(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> _Parts:
     device = place.ranks.device
     return _Parts(
-        loss=make_loss(config.loss, device),
-        count=targets.as_callable(config.count) if config.count else count_samples,
+        task=make_task(config, wrapped.module, device),
         collate=targets.as_callable(config.data.collate) if config.data.collate else None,
         autocast=autocast(config.train.precision, device, cache=chosen.strategy != "fsdp"),
+    )
+
+
+def _evaluations(config: RunConfig, place: Place, parts: _Parts, restored: Restored | None) -> Evaluations | None:
+    evaluation = _evaluation(config, place, parts)
+    if evaluation is None:
+        return None
+    train, start_step = config.train, place.env.resume_step
+    # One that is due at the step that the run goes on from is done again: it may have been interrupted.
+    kept = start_step - 1 if is_due(train, start_step) else start_step
+    return Evaluations(
+        evaluation,
+        train,
+        wanted={"train.early_stop.metric": train.early_stop.metric} if train.early_stop else {},
+        attempt=place.env.attempt,
+        report=place.report,
+        log=MetricsLog(place.run.evaluations, kept) if place.ranks.global_rank == 0 else None,
+        history=restored.early_stop if restored else None,
     )
 
 
@@ -161,10 +178,11 @@ def _evaluation(config: RunConfig, place: Place, parts: _Parts) -> Evaluation | 
     return Evaluation(
         make_source=make_source,
         ranks=place.ranks,
+        seed=config.train.seed,
         workers=config.data.workers,
         collate=parts.collate,
-        count=parts.count,
-        loss=parts.loss,
+        task=parts.task,
+        metrics=targets.as_callable(config.metrics) if config.metrics else None,
         autocast=parts.autocast,
         stop_requested=place.stop_requested,
     )

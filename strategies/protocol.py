@@ -144,7 +144,7 @@ class StepOptions:
     total_count: float
     clip_grad_norm: float | None
     autocast: Callable[[], Any]
-    forward: Callable[[nn.Module, Any], Any]
+    forward: Callable[[nn.Module, Any, float], Any]  # (module, batch, count) -> output
     loss: Callable[[Any, Any, float], tuple[torch.Tensor, float]]  # (output, batch, count) -> sum, its true count
     all_reduce: Callable[[list[float]], list[float]]  # sums small vectors over all ranks, in float64
     on_phase: Callable[[str], None] = field(default=lambda phase: None)

@@ -74,7 +74,7 @@ def _accumulate(
         wrapped.sync.begin(last=number == len(micro_batches))
         options.on_phase("forward")
         with options.autocast():
-            output = options.forward(wrapped.module, micro.batch)
+            output = options.forward(wrapped.module, micro.batch, micro.count)
             total, count = options.loss(output, micro.batch, micro.count)
         if not total.requires_grad:
             raise UsageError("loss: it does not depend on any parameter that requires a gradient")

@@ -25,7 +25,7 @@ from dtrain.runtime.data import BatchPlan, DataError, MapSource, PassPlan, count
 from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import is_victim
-from dtrain.runtime.task import make_loss
+from dtrain.runtime.task import Task, forward, make_loss
 
 CPU = torch.device("cpu")
 
@@ -154,8 +154,8 @@ def test_evaluation_is_the_exact_mean_and_leaves_the_model_training(alone: Ranks
         ranks=alone,
         workers=workers,
         collate=None,
-        count=count_samples,
-        loss=lambda output, batch, count: (output.sum(), count),
+        task=Task(forward=forward, loss=lambda output, batch, count: (output.sum(), count), count=count_samples),
+        metrics=None,
         autocast=lambda: torch.autocast("cpu", enabled=False),
         stop_requested=never,
     )
