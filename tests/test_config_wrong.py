@@ -29,6 +29,7 @@ class Squares: ...
 class SGD:
     def __init__(self, params, lr, momentum=0.0): ...
 def loss(output, batch, smoothing=0.0): ...
+def one(batch): ...
 table = {}
 """,
     "broken.py": "x = 1\nraise RuntimeError('no license for this')\n",
@@ -160,6 +161,30 @@ CASES = [
     _one("micro_batch above batch_size", 4, "train.micro_batch", "16 samples are more than data.batch_size 8",
          train="train: {steps: 10, micro_batch: 16}"),
     _one("evaluation of nothing", 4, "train.eval_every", "set data.eval", train="train: {steps: 10, eval_every: 5}"),
+    _one("metrics over nothing", 5, "metrics", "means over data.eval, which is not set", "metrics: mine.loss"),
+    _one("early stop without evaluations", 4, "train.early_stop", "data.eval is not set",
+         train="train: {steps: 10, early_stop: loss}"),
+    _one("early stop without eval_every", 4, "train.early_stop", "train.eval_every is not set",
+         data="data: {train: mine.Squares, batch_size: 8, eval: mine.Squares}",
+         train="train: {steps: 10, early_stop: {metric: loss, patience: 2}}"),
+    _one("early stop on nothing", 4, "train.early_stop.metric", "no metric accuracy: set metrics, or take loss",
+         data="data: {train: mine.Squares, batch_size: 8, eval: mine.Squares}",
+         train="train: {steps: 10, eval_every: 5, early_stop: accuracy}"),
+    _one("early stop without patience", 4, "train.early_stop.patience", "at least 1, found the number 0",
+         train="train: {steps: 10, early_stop: {patience: 0}}"),
+    _one("early stop of no mode", 4, "train.early_stop.mode", 'one of "min", "max", found the text "maximum"',
+         train="train: {steps: 10, early_stop: {mode: maximum}}"),
+    _one("closure beside a loss", 5, "loss_closure", "so loss is never asked",
+         "loss_closure: mine.loss", "loss: mine.loss"),
+    _one("closure beside a forward", 5, "loss_closure", "so data.forward is never asked", "loss_closure: mine.loss",
+         data="data: {train: mine.Squares, batch_size: 8, forward: mine.loss}"),
+    _one("closure beside metrics", 6, "metrics", "needs the model's output, which loss_closure keeps to itself",
+         "loss_closure: mine.loss", "metrics: mine.loss",
+         data="data: {train: mine.Squares, batch_size: 8, eval: mine.Squares}"),
+    _one("closure of one argument", 5, "loss_closure._target_", "called with 2 positional arguments, but takes 1",
+         "loss_closure: mine.one"),
+    _one("forward that is missing", 2, "data.forward._target_", "the module mine has no forwrd",
+         data="data: {train: mine.Squares, batch_size: 8, forward: mine.forwrd}"),
     _one("warm-up beyond the end", 5, "schedule.warmup", "20 steps are more than train.steps 10",
          "schedule: {warmup: 20}"),
     _one("wsd without decay", 5, "schedule.decay", "For example: decay: 2", "schedule: wsd"),

@@ -1,0 +1,172 @@
+"""Real workers: metrics, closures and forwards of a user's own in any layout, and runs that end early."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.launcher.compose import dump_resolved, load_config
+
+ASSETS = Path(__file__).parent / "assets"
+BASE: dict[str, Any] = {
+    "model": {"_target_": "parity.Transformer", "layers": 1, "width": 64},
+    "loss": "parity.token_loss",
+    "data": {
+        "train": {"_target_": "parity.Tokens", "lengths": True},
+        "eval": {"_target_": "parity.Tokens", "samples": 37, "lengths": True},
+        "batch_size": 13,
+    },
+    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.001},
+    "train": {"steps": 8, "micro_batch": 4},
+}
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+Run = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """run(run_dir, world_size, ...) -> exit codes; one process for the module, which imports torch once."""
+    with subprocess.Popen(
+        [sys.executable, ASSETS / "rank_runner.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
+
+        def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
+            print(json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=requests, flush=True)
+            codes: list[int] = json.loads(answers.readline())
+            return codes
+
+        yield run_case
+        requests.close()
+        process.wait(30)
+
+
+def prepare(folder: Path, *overrides: str, **sections: Any) -> Path:
+    """A run directory with the resolved config that a launch would leave there."""
+    folder.mkdir(parents=True)
+    config = folder / "cfg.yaml"
+    config.write_text(json.dumps({key: value for key, value in {**BASE, **sections}.items() if value is not None}))
+    resolved = load_config(config, list(overrides), run_dir=str(folder), name="case")
+    (folder / "config.yaml").write_text(dump_resolved(resolved))
+    return folder
+
+
+def records(folder: Path, name: str = "evaluations") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in records(folder, "metrics")]
+
+
+def reports(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"report-{rank}.jsonl").read_text().splitlines()]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    found = [report["event"] for report in reports(folder) if report["type"] == "event"]
+    return [event for event in found if event["type"] == kind]
+
+
+def test_metrics_are_the_same_numbers_in_any_layout(run: Run, tmp_path: Path) -> None:
+    """37 samples over 3 ranks in micro-batches of 4: borrowed ones must not count."""
+    more = ["train.steps=4", "train.eval_every=2", "metrics=measures.counted"]
+    one, three = prepare(tmp_path / "one", *more), prepare(tmp_path / "three", *more, "strategy=fsdp")
+    assert run(one, 1) == [0]
+    assert run(three, 3) == [0] * 3
+    wanted, found = records(one), records(three)
+    assert [list(record) for record in wanted] == [["step", "attempt", "loss", "accuracy", "first"]] * 2
+    assert [record["step"] for record in found] == [2, 4]
+    for key in ("loss", "accuracy", "first"):
+        assert [record[key] for record in found] == pytest.approx([record[key] for record in wanted], rel=1e-6)
+    assert events(three, "evaluated")[0]["metrics"] == {key: found[0][key] for key in ("loss", "accuracy", "first")}
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [{"loss": None, "loss_closure": "measures.closure"}, {"data": {**BASE["data"], "forward": "measures.by_keyword"}}],
+    ids=["loss_closure", "data.forward"],
+)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_closure_and_forward_give_the_same_curve(
+    run: Run, tmp_path: Path, strategy: str, instead: dict[str, Any]
+) -> None:
+    plain = prepare(tmp_path / "plain", f"strategy={strategy}")
+    own = prepare(tmp_path / "own", f"strategy={strategy}", **instead)
+    assert run(plain, 2) == run(own, 2) == [0, 0]
+    assert losses(own) == losses(plain)
+    assert records(own) == records(plain)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ("measures.names_by_rank", "the ranks found different names"),
+        ("measures.fails", "planted\n(on batch 1 of data.eval (samples [6, 7, 8]), the model in eval mode)"),
+    ],
+)
+def test_an_error_in_metrics_ends_every_rank(run: Run, tmp_path: Path, metrics: str, words: str) -> None:
+    folder = prepare(tmp_path / "run", "train.steps=1", f"metrics={metrics}", "strategy=ddp")
+    codes = run(folder, 2)
+    assert codes[1] in (1, 93)
+    (failure,) = (report for report in reports(folder, 1) if report["type"] == "failure")
+    assert words in failure["message"]
+    if metrics == "measures.fails":
+        number = next(n for n, x in enumerate((ASSETS / "measures.py").read_text().splitlines(), 1) if "# metrics" in x)
+        assert failure["where"].endswith(f"measures.py:{number}")
+
+
+STILL = ["optimizer.lr=0", "train.steps=30", "train.eval_every=2", "checkpoint.every=3", "checkpoint.keep=null"]
+RULE = "train.early_stop={metric: loss, patience: 3, min_delta: 1e-3}"
+
+
+def test_a_run_ends_early_at_the_same_step_however_it_was_interrupted(run: Run, tmp_path: Path) -> None:
+    """Nothing is learned: of the evaluations after steps 2, 4, 6, 8 the first is the best, and the fourth ends it."""
+    straight = prepare(tmp_path / "straight", *STILL, RULE, "strategy=ddp", "on_end=faulty.say_end")
+    assert run(straight, 2) == [0, 0]
+    (stopped,) = events(straight, "stopped_early")
+    assert stopped["step"] == 8
+    assert stopped["reason"].startswith("stopped early at step 8: loss did not improve for 3 evaluations (best 6.9")
+    assert stopped["reason"].endswith("at step 2)")
+    assert len(losses(straight)) == 8
+    assert [event["step"] for event in events(straight, "checkpoint_committed")] == [3, 6, 8]
+    assert events(straight, "result")
+
+    # Step 6 was saved before it was evaluated: its evaluation is counted once, in another layout, too.
+    common = [*STILL, RULE, "strategy=fsdp", f"checkpoint.url={straight / 'checkpoints'}"]
+    resumed = prepare(tmp_path / "resumed", *common)
+    assert run(resumed, 3, attempt=2, resume=[6, 1]) == [0] * 3
+    assert [record["step"] for record in records(resumed)] == [6, 8]
+    assert events(resumed, "stopped_early")[0]["reason"][:60] == stopped["reason"][:60]
+    # And a run that was over stays over.
+    again = prepare(tmp_path / "again", *common)
+    assert run(again, 1, attempt=3, resume=[8, 2]) == [0]
+    assert [event["step"] for event in events(again, "stopped_early")] == [8]
+    assert losses(again) == []
+    # Unless it is asked for more patience, which counts on.
+    patient = prepare(tmp_path / "patient", *common, "train.early_stop.patience=5")
+    assert run(patient, 1, attempt=4, resume=[8, 2]) == [0]
+    assert [event["step"] for event in events(patient, "stopped_early")] == [12]
+
+
+def test_evaluations_that_a_new_attempt_repeats_are_recorded_once(run: Run, tmp_path: Path) -> None:
+    more = ["train.steps=8", "train.eval_every=2", "checkpoint.every=4", "checkpoint.keep=null"]
+    folder = prepare(tmp_path / "run", *more)
+    assert run(folder, 1) == [0]
+    assert run(folder, 1, attempt=2, resume=[4, 1]) == [0]
+    assert [(record["step"], record["attempt"]) for record in records(folder)] == [(2, 1), (4, 2), (6, 2), (8, 2)]
