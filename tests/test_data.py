@@ -152,6 +152,7 @@ def test_evaluation_is_the_exact_mean_and_leaves_the_model_training(alone: Ranks
     evaluation = Evaluation(
         make_source=lambda: MapSource(Squares(11), plan, seed=0, num_steps=plan.num_steps, key="data.eval"),
         ranks=alone,
+        seed=0,
         workers=workers,
         collate=None,
         task=Task(forward=forward, loss=lambda output, batch, count: (output.sum(), count), count=count_samples),

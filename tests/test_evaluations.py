@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime import earlystop
 from dtrain.runtime.config import EarlyStopConfig, TrainConfig
-from dtrain.runtime.data import count_samples
+from dtrain.runtime.data import MapSource, PassPlan, count_samples
 from dtrain.runtime.earlystop import History
 from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.evaluations import Evaluations, is_due
@@ -156,12 +156,11 @@ def alone() -> Ranks:
 def evaluation(
     ranks: Ranks, metrics: Any, loss: Any = lambda output, batch, count: (output.sum(), count)
 ) -> Evaluation:
+    plan = PassPlan(7, batch_size=4, rank=0, world_size=1, micro_batch=3)
     return Evaluation(
-        dataset=Numbers(),
+        make_source=lambda: MapSource(Numbers(), plan, seed=0, num_steps=plan.num_steps, key="data.eval"),
         ranks=ranks,
         seed=0,
-        batch_size=4,
-        micro_batch=3,
         workers=0,
         collate=None,
         task=Task(forward=forward, loss=loss, count=count_samples),

@@ -116,7 +116,7 @@ def test_loss_closure_that_returns_something_else(tmp_path: Any) -> None:
 # ---- labels ----
 
 
-def hugging_face(name: str) -> nn.Module:
+def hugging_face(name: str) -> Any:
     """A tiny model of transformers, from its config."""
     transformers: Any = pytest.importorskip("transformers", reason="needs transformers: pip install 'dtrain[hf]'")
     torch.manual_seed(0)
