@@ -15,6 +15,7 @@ from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
 from dtrain.runtime.config import OptimizerConfig, RunConfig
 from dtrain.runtime.data import seed_everything
+from dtrain.runtime.hfnames import Translate, names_from_files
 from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.ranks import Ranks
 from dtrain.strategies.config import StrategyConfig
@@ -32,6 +33,7 @@ class Chosen:
     strategy: str
     why: str
     num_parameters: int
+    names_from_files: Translate  # of the plain model: pretrained.py's, once it has been spread
 
 
 def build_model(config: ModelConfig, seed: int) -> nn.Module:
@@ -93,6 +95,7 @@ def build(config: RunConfig, strategy_config: StrategyConfig, ranks: Ranks, node
         global_rank=ranks.global_rank, world_size=ranks.world_size, nodes=nodes, device_type=ranks.device.type
     )
     model = build_model(config.model, config.train.seed)
+    from_files = names_from_files(model)
     spec = _measure(model, strategy_config)
     name: str = strategy_config.name
     why = "asked for"
@@ -105,7 +108,7 @@ def build(config: RunConfig, strategy_config: StrategyConfig, ranks: Ranks, node
     wrapped = strategy.materialize(
         model, lambda m: make_optimizer(config.optimizer, m), strategy_config, topology, ranks.device
     )
-    return wrapped, Chosen(strategy=name, why=why, num_parameters=spec.num_parameters)
+    return wrapped, Chosen(strategy=name, why=why, num_parameters=spec.num_parameters, names_from_files=from_files)
 
 
 def _unfit(caps: Any, config: RunConfig, device_type: str, name: str) -> Sequence[str]:

@@ -30,6 +30,7 @@ from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.evaluations import Evaluations, is_due
 from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.order import num_micro_batches
+from dtrain.runtime.pretrained import initialize, initialized_event, initialized_lines
 from dtrain.runtime.progress import Phase, ProgressWriter
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import Reporter
@@ -96,10 +97,11 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
     env, ranks = place.env, place.ranks
     schedule = make_schedule(config.schedule, wrapped.optimizer, config.train.steps, env.resume_step)
     restored = _restore(place, wrapped)
+    weights = [] if restored else _initialize(config, place, wrapped, chosen)
     start_step = restored.step if restored else 0
     source, data_lines = training_source(config, ranks, start_step, restored.place if restored else {})
     if ranks.global_rank == 0:
-        lines = describe(config, chosen, data_lines, env, wrapped)
+        lines = [*describe(config, chosen, data_lines, env, wrapped), *weights]
         place.report.event("chosen", strategy=chosen.strategy, why=chosen.why, lines=lines)
     parts = _parts(config, place, wrapped, chosen)
     batches = Batches(
@@ -205,6 +207,17 @@ def _restore(place: Place, wrapped: Wrapped) -> Restored | None:
     return restored
 
 
+def _initialize(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> list[str]:
+    """The weights that a run starts from where its config names some, and what to tell of them."""
+    if config.model.init_from is None:
+        return []
+    place.progress.phase(Phase.RESTORING)
+    found = initialize(config.model.init_from, wrapped.module, place.ranks, chosen.names_from_files)
+    if place.ranks.global_rank == 0:
+        place.report.event("initialized", **initialized_event(found))
+    return initialized_lines(found)
+
+
 def _saves(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> CheckpointSaves:
     env = place.env
 
@@ -257,8 +270,10 @@ def describe(config: RunConfig, chosen: Chosen, data_lines: list[str], env: Work
     device = torch.cuda.get_device_name() if env.device.startswith("cuda") else "CPU"
     parts = num_micro_batches(batch, env.world_size, config.train.micro_batch)
     accumulation = f", in {parts} micro-batches" if parts > 1 else ""
+    num_frozen = sum(parameter.numel() for parameter in wrapped.module.parameters() if not parameter.requires_grad)
+    frozen = f" ({num_frozen:,} frozen)" if num_frozen else ""
     lines = [
-        f"model     {chosen.num_parameters:,} parameters, {config.train.precision}",
+        f"model     {chosen.num_parameters:,} parameters{frozen}, {config.train.precision}",
         f"strategy  {chosen.strategy} over {env.world_size} x {device} ({chosen.why})",
         f"batch     {batch} samples a step, up to {each} a rank{accumulation}",
         *data_lines,

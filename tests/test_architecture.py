@@ -50,6 +50,8 @@ TORCH_FREE = [
     "runtime.checkpoint.plan",
     "runtime.checkpoint.retention",
     "runtime.checkpoint.verify",
+    "runtime.weightfiles",
+    "runtime.weightmatch",
 ]
 # The one place where the launcher goes over to the other world: `launch --here` trains in its own process.
 MAY_NAME_TORCH_MODULES = {"dtrain.launcher.here"}

@@ -49,7 +49,7 @@ def pieces(part: Box, stored: Box, item: int, limit: int = PIECE_BYTES) -> Itera
 def needed_blocks(part: Box, stored: Box, item: int) -> list[tuple[int, int]]:
     """Runs [first, last) of the checksum blocks that hold an element of `part`, in order."""
     runs: list[tuple[int, int]] = []
-    for begin, end in _byte_runs(part, stored, item):
+    for begin, end in byte_runs(part, stored, item):
         first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
         if runs and first <= runs[-1][1]:
             runs[-1] = (runs[-1][0], max(last, runs[-1][1]))
@@ -58,7 +58,7 @@ def needed_blocks(part: Box, stored: Box, item: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _byte_runs(part: Box, stored: Box, item: int) -> Iterator[tuple[int, int]]:
+def byte_runs(part: Box, stored: Box, item: int) -> Iterator[tuple[int, int]]:
     """The contiguous byte ranges of `part`, in order; rows closer together than a block count as one."""
     strides = [stride * item for stride in strides_of(stored.shape)]
     dims = len(part.shape)

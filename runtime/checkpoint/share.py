@@ -5,7 +5,7 @@ What is dealt out to whom is what a save would deal: a pure function of the spec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +45,24 @@ def load_shared(
     rank: int,
     world_size: int,
 ) -> None:
-    """load_tensors() for all ranks together: `specs` describe what they hold, equal on every rank; `requests` are this
-    rank's own, where whatever all ranks hold is asked for as a whole. Collective, over CPU memory.
+    """load_tensors() for all ranks together, as fill_shared() does it."""
+
+    def read(wanted: Sequence[Request]) -> None:
+        load_tensors(storage, manifest, wanted)
+
+    fill_shared(read, specs, requests, rank=rank, world_size=world_size)
+
+
+def fill_shared(
+    read: Callable[[Sequence[Request]], None],
+    specs: Sequence[TensorSpec],
+    requests: Iterable[Request],
+    *,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Fills what is requested: `specs` describe what the ranks hold, equal on every rank; `requests` are this rank's
+    own, where whatever all ranks hold is asked for as a whole. Collective, over CPU memory.
 
     Raises CorruptCheckpoint on every rank, whoever of them read the damaged bytes.
     """
@@ -62,7 +78,7 @@ def load_shared(
             own.append((piece.name, piece.box, target[piece.box.relative_to(whole(tuple(target.shape)))]))
     damage: CorruptCheckpoint | None = None
     try:
-        load_tensors(storage, manifest, own)
+        read(own)
     except CorruptCheckpoint as error:
         damage = error
     if world_size > 1:

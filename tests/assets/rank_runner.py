@@ -2,11 +2,13 @@
 
 Reads cases on stdin, one JSON object a line: {"run_dir", "world_size", "attempt", "resume": [step, attempt] | null,
 "stop_after": seconds, "full_at": [steps at which rank 0's disk is full]}.
-The run directory holds config.yaml. Prints a JSON list of exit codes for each.
+The run directory holds config.yaml. Prints a JSON list of exit codes for each. Modules that the arguments name are
+imported first.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -106,5 +108,7 @@ def run(case: dict[str, Any]) -> list[int]:
 if __name__ == "__main__":
     sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
     torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

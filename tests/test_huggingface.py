@@ -1,0 +1,147 @@
+"""Models of Hugging Face's, unchanged: every layout learns what one process learns, weights come from their folders
+and go back into them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+
+from dtrain.launcher.compose import dump_resolved, load_config
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'dtrain[hf]'")
+
+ASSETS = Path(__file__).parent / "assets"
+STEPS = 12
+MODELS = {  # and the auto class that opens its folders
+    "gpt2": "AutoModelForCausalLM",
+    "llama": "AutoModelForCausalLM",
+    "bert": "AutoModelForMaskedLM",
+    "vit": "AutoModelForImageClassification",
+}
+Run = Callable[..., list[int]]
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def hf() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ASSETS))
+        yield importlib.import_module("hf")
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """run(run_dir, world_size, ...) -> exit codes of workers, forked from one that has imported transformers."""
+    with subprocess.Popen(
+        [sys.executable, ASSETS / "rank_runner.py", "hf"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
+
+        def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
+            print(json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=requests, flush=True)
+            codes: list[int] = json.loads(answers.readline())
+            return codes
+
+        yield run_case
+        requests.close()
+        process.wait(30)
+
+
+def prepare(folder: Path, name: str, *overrides: str, model: dict[str, Any] | None = None) -> Path:
+    """A run directory with the resolved config that a launch would leave there."""
+    folder.mkdir(parents=True)
+    base = {
+        "model": model or {"_target_": "hf.from_config", "name": name},
+        "count": "hf.count_labels",
+        "data": {"train": {"_target_": "hf.Samples", "name": name}, "batch_size": 5},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.003},
+        "train": {"steps": STEPS, "clip_grad_norm": 1.0, "micro_batch": 2},
+    }
+    config = folder / "cfg.yaml"
+    config.write_text(json.dumps(base))
+    resolved = load_config(config, list(overrides), run_dir=str(folder), name="case")
+    (folder / "config.yaml").write_text(dump_resolved(resolved))
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def event(folder: Path, kind: str) -> dict[str, Any]:
+    lines = map(json.loads, (folder / "report-0.jsonl").read_text().splitlines())
+    (found,) = (r["event"] for r in lines if r["type"] == "event" and r["event"]["type"] == kind)
+    assert isinstance(found, dict)
+    return found
+
+
+def failure(folder: Path) -> str:
+    lines = map(json.loads, (folder / "report-0.jsonl").read_text().splitlines())
+    (found,) = (record["message"] for record in lines if record["type"] == "failure")
+    return str(found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layout_gives_the_losses_of_one_process(run: Run, tmp_path: Path, name: str) -> None:
+    one = prepare(tmp_path / "one", name, "strategy=single")
+    assert run(one, 1) == [0]
+    wanted = losses(one)
+    assert wanted[-1] < wanted[0]
+    for strategy in ("ddp", "fsdp"):
+        folder = prepare(tmp_path / strategy, name, f"strategy={strategy}")
+        assert run(folder, 2) == [0, 0]
+        assert losses(folder) == pytest.approx(wanted, rel=1e-6), strategy
+
+
+@pytest.fixture(scope="module")
+def folders(hf: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder a model, written by save_pretrained() in several files."""
+    root = tmp_path_factory.mktemp("folders")
+    for number, name in enumerate(MODELS):
+        torch.manual_seed(100 + number)
+        hf.from_config(name).save_pretrained(root / name, max_shard_size="60KB")
+        assert len(list((root / name).glob("*.safetensors"))) > 1
+    return root
+
+
+def open_folder(folder: Path, name: str) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    model: nn.Module = getattr(transformers, MODELS[name]).from_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fine_tuning_begins_where_from_pretrained_would(
+    run: Run, hf: Any, folders: Path, tmp_path: Path, name: str, strategy: str
+) -> None:
+    model = {"_target_": "hf.from_folder", "auto": MODELS[name], "folder": str(folders / name)}
+    overrides = [f"model.init_from={folders / name}", "data.batch_size=64", "train.steps=2", "train.micro_batch=32"]
+    folder = prepare(tmp_path / "run", name, *overrides, f"strategy={strategy}", model=model)
+    assert run(folder, 2) == [0, 0]
+    reference = open_folder(folders / name, name)
+    with torch.no_grad():  # the data set has 64 samples: the first step saw all of them
+        wanted = reference(**default_collate([hf.Samples(name)[i] for i in range(64)])).loss
+    assert losses(folder)[0] == pytest.approx(float(wanted), rel=1e-6)
+    said = event(folder, "initialized")
+    assert said["tensors"] == len(list(reference.parameters()))
+    assert [said[kind]["count"] for kind in ("fresh", "replaced", "unexpected")] == [0, 0, 0]
+    assert any(line.startswith("weights ") for line in event(folder, "chosen")["lines"])
