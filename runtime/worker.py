@@ -114,6 +114,7 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
         device=ranks.device,
     )
     metrics = MetricsLog(place.run.metrics, start_step) if ranks.global_rank == 0 else None
+    evaluations = _evaluations(config, place, parts, restored)
     with batches, _tracking(config, place, start_step):
         return train(
             Training(
@@ -125,7 +126,7 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
                 autocast=parts.autocast,
                 ranks=ranks,
                 saves=_saves(config, place, wrapped, chosen),
-                evaluations=_evaluations(config, place, parts, restored),
+                evaluations=evaluations,
                 metrics=metrics,
                 progress=place.progress,
                 report=place.report,

@@ -36,12 +36,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 def attempt(run: RunDir, trackers: Sequence[str], *, start: int, end: int, add: float = 0.0) -> list[str]:
-    """What one attempt writes and what the trackers had to say."""
+    """What one attempt writes and what the trackers had to say. It evaluates every other step, `start` again."""
     said: list[str] = []
-    log = MetricsLog(run.metrics, start)
-    with log, TrackerFeed(run.path, trackers, start, said.append):
+    log, evaluations = MetricsLog(run.metrics, start), MetricsLog(run.evaluations, start - 1)
+    with log, evaluations, TrackerFeed(run.path, trackers, start, said.append):
+        if start:
+            evaluations.write({"step": start, "attempt": 1, "loss": -start})
         for step in range(start + 1, end + 1):
             log.write({"step": step, "attempt": 1, "loss": step + add, "lr": 0.5, "grad_norm": float("nan")})
+            if step % 2 == 0 and step < end:  # the last one is interrupted
+                evaluations.write({"step": step, "attempt": 1, "loss": -step})
     return said
 
 
@@ -64,7 +68,8 @@ def test_tensorboard_shows_what_a_later_attempt_made_of_a_step(run: RunDir) -> N
     assert scalars(run, "loss") == [(1, 1), (2, 2), (3, 3), (4, 4), *((step, step + 0.5) for step in range(5, 10))]
     reader = EventAccumulator(str(run.path / "tensorboard"))
     reader.Reload()
-    assert set(reader.Tags()["scalars"]) == {"loss", "lr"}, "a gradient norm of nan is no point"
+    assert scalars(run, "eval/loss") == [(2, -2), (4, -4), (6, -6), (8, -8)]
+    assert set(reader.Tags()["scalars"]) == {"loss", "lr", "eval/loss"}, "a gradient norm of nan is no point"
     assert b"name: tracked" in reader.Tensors("config")[0].tensor_proto.string_val[0]
 
 
@@ -72,6 +77,7 @@ def test_mlflow_has_one_run_and_each_step_once(run: RunDir) -> None:
     assert attempt(run, ["mlflow"], start=0, end=6) == []
     attempt(run, ["mlflow"], start=4, end=9)
     assert history(run, "loss") == [(step, float(step)) for step in range(1, 10)]
+    assert history(run, "eval/loss") == [(2, -2.0), (4, -4.0), (6, -6.0), (8, -8.0)]
     record = read_json(run.path / "mlflow.json")
     assert record is not None
     client = MlflowClient(record["tracking_uri"])
@@ -137,9 +143,13 @@ def config_file(tmp_path: Path, track: str) -> Path:
     config: dict[str, Any] = {
         "model": {"_target_": "parity.Transformer"},
         "loss": "parity.mean_loss",
-        "data": {"train": {"_target_": "parity.Tokens", "delay_s": 0.01}, "batch_size": 8},
+        "data": {
+            "train": {"_target_": "parity.Tokens", "delay_s": 0.01},
+            "eval": {"_target_": "parity.Tokens"},
+            "batch_size": 8,
+        },
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.001},
-        "train": {"steps": 60},
+        "train": {"steps": 60, "eval_every": 20},
         "checkpoint": {"every": 10},
         "cluster": {"nodes": 2},
     }
@@ -170,6 +180,8 @@ def test_a_run_that_is_killed_and_relaunched_shows_each_step_once(tmp_path: Path
     assert [step for step, _ in expected] == list(range(1, 61))
     assert scalars(run, "loss") == expected
     assert history(run, "loss") == expected
+    assert [step for step, _ in scalars(run, "eval/loss")] == [20, 40, 60]
+    assert [step for step, _ in history(run, "eval/loss")] == [20, 40, 60]
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(run.path) in " ".join(p.info["cmdline"] or [])]
 
 

@@ -1,4 +1,4 @@
-"""The tracking process: follows metrics.jsonl and delivers its records to each tracker, in order, each once.
+"""The tracking process: follows metrics.jsonl and evaluations.jsonl and delivers each record to each tracker once.
 
     python -m dtrain.runtime.tracking.process --run-dir DIR --start-step N TRACKER ...
 
@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from dtrain.cluster.procs import set_process_name
 from dtrain.cluster.rundir import RunDir
@@ -37,19 +38,22 @@ _BATCH = 500  # records handed over at once: what a run of days has to catch up 
 
 class Tracker(Protocol):
     def log(self, records: Sequence[Record]) -> None:
-        """Records of metrics.jsonl in their order. Called again with the same ones after an exception."""
+        """Records of metrics.jsonl in their order, and those of evaluations.jsonl with their numbers under `eval`: none
+        is later than the newest step so far. Called again with the same ones after an exception."""
 
     def close(self) -> None: ...
 
 
 class Delivery:
-    """One tracker and how far in the file it is."""
+    """One tracker and how far in the files it is. They were made before this process: a later attempt replaces them,
+    and what is open here stays this attempt's."""
 
-    def __init__(self, name: str, make: Callable[[], Tracker], path: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, name: str, make: Callable[[], Tracker], run: RunDir, tell: Callable[[str], None]) -> None:
         self._name = name
         self._make = make
         self._tell = tell
-        self._file = open(path, "rb")  # noqa: SIM115  closed by close()
+        self._metrics = open(run.metrics, "rb")  # noqa: SIM115  closed by close()
+        self._evaluations = open(run.evaluations, "rb") if run.evaluations.exists() else io.BytesIO()  # noqa: SIM115
         self._tracker: Tracker | None = None
         self._pending: list[Record] = []
         self._pause_s = 0.0
@@ -74,7 +78,8 @@ class Delivery:
         return True
 
     def close(self) -> None:
-        self._file.close()
+        self._metrics.close()
+        self._evaluations.close()
         if self._tracker is not None:
             try:
                 self._tracker.close()
@@ -82,17 +87,11 @@ class Delivery:
                 self._tell(f"{self._name}: {_words(error)}")
 
     def _read(self) -> bool:
-        """Whole lines only: the last one may still be growing."""
-        while len(self._pending) < _BATCH:
-            place = self._file.tell()
-            line = self._file.readline()
-            if not line.endswith(b"\n"):
-                self._file.seek(place)
-                break
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    self._pending.append(record)
+        """Evaluations last: those up to the newest step read before are all there by then."""
+        self._pending = list(_records(self._metrics, _BATCH))
+        for record in _records(self._evaluations, _BATCH):
+            numbers = {key: value for key, value in record.items() if key not in ("step", "attempt")}
+            self._pending.append({"step": record["step"], "eval": numbers})
         return bool(self._pending)
 
     def _put_off(self, error: Exception) -> None:
@@ -100,6 +99,20 @@ class Delivery:
             self._tell(f"{self._name}: {_words(error)}. The training goes on; metrics.jsonl keeps everything")
         self._pause_s = min(_MAX_PAUSE_S, 2 * self._pause_s or 1.0)
         self._retry_at = time.monotonic() + self._pause_s
+
+
+def _records(file: IO[bytes], limit: int) -> Iterator[Record]:
+    """Whole lines only: the last one may still be growing."""
+    for _ in range(limit):
+        place = file.tell()
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            file.seek(place)
+            return
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
 
 
 def _words(error: Exception) -> str:
@@ -161,7 +174,7 @@ def main() -> None:
 
         return make
 
-    follow([Delivery(name, maker(name), run.metrics, _tell) for name in options.trackers], _stdin_ended)
+    follow([Delivery(name, maker(name), run, _tell) for name in options.trackers], _stdin_ended)
     sys.stdout.flush()
 
 

@@ -26,8 +26,9 @@ class TensorBoardTracker:
         folder.mkdir(exist_ok=True)
         self._position = folder / "position.json"
         known = read_json(self._position)
-        # Records of the newest step may be there in part, so that step is given once more.
-        self._first_step = 1 if known is None else min(int(known["newest_step"]), start_step + 1)
+        # What belongs to the newest step, or to the step that the run goes on from, may be there in part: its
+        # evaluation is made again. So that step is given once more.
+        self._first_step = 1 if known is None else min(int(known["newest_step"]), max(1, start_step))
         self._writer = EventFileWriter(str(folder))
         start = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=self._first_step, session_log=start))
@@ -42,7 +43,7 @@ class TensorBoardTracker:
                 continue
             values = [Summary.Value(tag=name, simple_value=number) for name, number in flat_numbers(record).items()]
             self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-            newest = step
+            newest = max(newest, step)
         self._writer.flush()
         if newest:
             write_atomic(self._position, json.dumps({"newest_step": newest}))
