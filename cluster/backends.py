@@ -11,6 +11,7 @@ import importlib
 from typing import Protocol, cast
 
 from dtrain.cluster.errors import UsageError
+from dtrain.cluster.interfaces import Interface
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import Liveness
 from dtrain.cluster.zygote import Zygote
@@ -44,8 +45,8 @@ class Backend(Protocol):
     def clear(self, plan: JobPlan) -> None:
         """Ends what is left of nodes in whose place others were started: a frozen node may wake up much later."""
 
-    def agent_address(self) -> str:
-        """The address, on the calling node, at which the other nodes reach it."""
+    def interface(self, plan: JobPlan) -> Interface:
+        """The one, of the calling node, at which the other nodes reach it. Raises UsageError."""
 
 
 _BACKENDS = {"local": "dtrain.cluster.local:LocalBackend"}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from dtrain.cluster.version import VERSION
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
@@ -23,6 +25,30 @@ class ClusterConfig:
     )
     env: dict[str, str] = field(
         default_factory=dict, metadata={"doc": "environment variables for the workers; one that you exported wins"}
+    )
+    secrets: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "doc": "names of exported variables that workers need and nobody may read: their values reach the workers, "
+            "but no file, command line or log of dtrain"
+        },
+    )
+    setup: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "doc": "lines of bash run on each node before anything else there; one that fails ends the job with 93"
+        },
+    )
+    python: str = field(
+        default="auto", metadata={"doc": "the nodes' Python, which has dtrain; auto: the path of the submitting one"}
+    )
+    interface: str = field(
+        default="auto",
+        metadata={"doc": "network interface of the nodes' traffic: a name, or a range of addresses like 10.0.0.0/8"},
+    )
+    port_range: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"doc": "first and last port to listen on, like [29400, 29499]; left out: any free one"},
     )
 
 
@@ -47,6 +73,11 @@ class JobPlan:
     workers: Literal["warm", "exec"]
     max_restarts_without_progress: int
     kind: Literal["model", "script"] = "model"  # what the workers run: our trainer, or the user's script
+    setup: tuple[str, ...] = ()  # lines of bash
+    secrets: tuple[str, ...] = ()  # names; the values come by the back end's own way
+    interface: str = "auto"
+    port_range: tuple[int, int] | None = None  # first and last
+    version: str = VERSION  # of the submitting dtrain
 
     @property
     def world_size(self) -> int:
@@ -59,7 +90,8 @@ class JobPlan:
     def from_json(data: dict[str, Any]) -> JobPlan:
         """From job.json too, which holds more than the plan: `submitted_at`, `steps`, `git_commit`."""
         known = {name: data[name] for name in JobPlan.__dataclass_fields__ if name in data}
-        return JobPlan(**{**known, "argv": tuple(data["argv"]), "sys_path": tuple(data["sys_path"])})
+        tuples: dict[str, Any] = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return JobPlan(**{**known, **tuples})
 
 
 def worker_environ(plan: JobPlan, environ: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.cluster.interfaces import LOOPBACK, Interface, list_interfaces, pick
 from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.nodescript import node_script
 from dtrain.cluster.procs import Liveness, ProcessId, start_detached
 from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic
 from dtrain.cluster.zygote import Zygote, ZygoteError
@@ -28,17 +30,24 @@ class LocalBackend:
     def render(self, plan: JobPlan) -> str:
         lines = [f"# {plan.nodes} simulated node(s) on this machine, {plan.procs_per_node} worker(s) each"]
         lines.append(f"cd {shlex.quote(plan.cwd)}")
+        if plan.setup:
+            lines.append(
+                f"cat >{shlex.quote(str(_script(plan)))} <<'END OF SCRIPT'\n{self._node_script(plan)}END OF SCRIPT"
+            )
         for node_rank in range(plan.nodes):
             words = [f"{key}={shlex.quote(value)}" for key, value in _devices(plan, node_rank, {}).items()]
-            words += [shlex.quote(word) for word in self._argv(plan, node_rank)]
+            words += [shlex.quote(word) for word in self._command(plan, node_rank)]
             log = shlex.quote(str(_log(plan, node_rank)))
             lines.append(f"setsid {' '.join(words)} </dev/null >>{log} 2>&1 &")
         return "\n".join(lines) + "\n"
 
     def preload(self, plan: JobPlan) -> Zygote | None:
-        return Zygote(plan) if plan.workers == "warm" else None
+        # What `setup` changes, a process that was started before it would not know.
+        return Zygote(plan) if plan.workers == "warm" and not plan.setup else None
 
     def submit(self, plan: JobPlan, zygote: Zygote | None = None) -> None:
+        if plan.setup:
+            write_atomic(_script(plan), self._node_script(plan), 0o600)
         for node_rank in range(plan.nodes):
             self._start(plan, node_rank, zygote)
 
@@ -55,7 +64,8 @@ class LocalBackend:
         argv = self._argv(plan, node_rank)
         process = _forked(zygote, argv, devices, log) if zygote else None
         if process is None:
-            process = start_detached(list(argv), cwd=plan.cwd, environ={**os.environ, **devices}, log=log)
+            command = list(self._command(plan, node_rank))
+            process = start_detached(command, cwd=plan.cwd, environ={**os.environ, **devices}, log=log)
         # The agent writes the same record when it is up; written here too, so that it can be stopped before that.
         write_atomic(control.node(node_rank), json.dumps(process.to_json()), 0o600)
 
@@ -89,12 +99,22 @@ class LocalBackend:
                 process.kill(signal.SIGKILL)
         self.clear(plan)
 
-    def agent_address(self) -> str:
-        return "127.0.0.1"
+    def interface(self, plan: JobPlan) -> Interface:
+        return LOOPBACK if plan.interface == "auto" else pick(plan.interface, list_interfaces())
 
     def _argv(self, plan: JobPlan, node_rank: int) -> tuple[str, ...]:
-        where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id, "--node-rank", str(node_rank))
-        return (plan.python, *_AGENT, *where, *self.agent_args)
+        return (*self._argv_but_rank(plan), str(node_rank))
+
+    def _argv_but_rank(self, plan: JobPlan) -> tuple[str, ...]:
+        where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id)
+        return (plan.python, *_AGENT, *where, *self.agent_args, "--node-rank")
+
+    def _command(self, plan: JobPlan, node_rank: int) -> tuple[str, ...]:
+        """Without `setup` nothing can have changed on this machine since the launch has looked at its Python."""
+        return ("bash", str(_script(plan)), str(node_rank)) if plan.setup else self._argv(plan, node_rank)
+
+    def _node_script(self, plan: JobPlan) -> str:
+        return node_script(plan, self._argv_but_rank(plan))
 
     def _agents(self, plan: JobPlan) -> list[ProcessId]:
         control = RunDir(plan.run_dir).control(plan.job_id)
@@ -114,6 +134,10 @@ def _forked(zygote: Zygote, argv: tuple[str, ...], devices: dict[str, str], log:
             return ProcessId.of(pid)
         except (ZygoteError, ProcessLookupError):
             return None
+
+
+def _script(plan: JobPlan) -> Path:
+    return RunDir(plan.run_dir).control(plan.job_id).path / "node.sh"
 
 
 def _log(plan: JobPlan, node_rank: int) -> Path:

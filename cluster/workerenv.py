@@ -25,6 +25,7 @@ class WorkerEnv:
     num_nodes: int
     master_addr: str
     master_port: int
+    interface: str = ""  # the name of the one that master_addr belongs to; gloo and NCCL are to use it
     device: str  # "cpu" or "cuda:<local index>"
     resume_step: int = 0  # the committed step that this attempt starts from; 0: from the beginning
     resume_attempt: int = 0  # the attempt that committed it
@@ -41,6 +42,7 @@ class WorkerEnv:
             "DTRAIN_JOB_ID": self.job_id,
             "DTRAIN_ATTEMPT": str(self.attempt),
             "DTRAIN_DEVICE": self.device,
+            "DTRAIN_INTERFACE": self.interface,
             "DTRAIN_RESUME_STEP": str(self.resume_step),
             "DTRAIN_RESUME_ATTEMPT": str(self.resume_attempt),
             "DTRAIN_STORE_FD": str(self.store_fd),
@@ -62,6 +64,14 @@ class WorkerEnv:
             "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
         }
 
+    def traffic_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """What gloo and NCCL read to find their interface, less what the user has set. NCCL looks for prefixes unless
+        told otherwise, and finds its own way on loopback, where all ranks share a machine."""
+        wanted = {"GLOO_SOCKET_IFNAME": self.interface, "NCCL_SOCKET_IFNAME": f"={self.interface}"}
+        if self.master_addr.startswith("127.") or self.master_addr == "::1":
+            del wanted["NCCL_SOCKET_IFNAME"]
+        return {name: value for name, value in wanted.items() if self.interface and name not in environ}
+
     @staticmethod
     def from_environ(environ: Mapping[str, str]) -> WorkerEnv:
         return WorkerEnv(
@@ -78,6 +88,7 @@ class WorkerEnv:
             master_addr=environ["MASTER_ADDR"],
             master_port=int(environ["MASTER_PORT"]),
             device=environ["DTRAIN_DEVICE"],
+            interface=environ.get("DTRAIN_INTERFACE", ""),
             resume_step=int(environ.get("DTRAIN_RESUME_STEP", "0")),
             resume_attempt=int(environ.get("DTRAIN_RESUME_ATTEMPT", "0")),
             max_restarts=int(environ.get("TORCHELASTIC_MAX_RESTARTS", "0")),

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from dtrain.cluster.errors import Problem, UsageError
 from dtrain.cluster.jobplan import ClusterConfig
 from dtrain.cluster.storage import open_storage
+from dtrain.launcher.nodechecks import check_nodes
 from dtrain.launcher.topology import shape_nodes
 from dtrain.runtime.config import CheckpointConfig, DataConfig, ScheduleConfig, Target, TrainConfig
 from dtrain.runtime.tracking.feed import PACKAGES
@@ -46,6 +47,7 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         (("train", "data", "metrics"), _evaluations),
         (("data", "loss", "loss_closure", "metrics"), _closure),
         (("strategy", "cluster"), check_cluster),
+        (("cluster",), check_nodes),
         (("run_dir", "checkpoint"), _places),
         (("track",), _trackers),
     )

@@ -23,6 +23,7 @@ from dtrain.cluster.jobplan import ClusterConfig
 from dtrain.cluster.layers import layer_of, merge_layers, parse_overrides
 from dtrain.cluster.references import resolve_references
 from dtrain.launcher.checks import check_sections
+from dtrain.launcher.nodechecks import find_leaks
 from dtrain.launcher.sources import misplaced_extends, read_sources
 from dtrain.runtime.config import CheckpointConfig, RunConfig, check_name
 from dtrain.runtime.scriptconfig import SCRIPT_KEY, ScriptCheckpointConfig, ScriptRunConfig
@@ -156,7 +157,8 @@ def load_config(
         gpus=count_gpus(),
         cores=usable_cores(),
     )
-    problems += [*merge_problems, *kind_problems, *reference_problems, *bind_problems, *cross_problems]
+    leaks = find_leaks(tree, values["cluster"].secrets, os.environ) if "cluster" in values else []
+    problems += [*merge_problems, *kind_problems, *reference_problems, *bind_problems, *cross_problems, *leaks]
     if problems:
         raise ConfigError(_in_order(problems, os.fspath(path), sources.files))
     return _build(os.path.abspath(path), tree, values)

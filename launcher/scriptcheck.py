@@ -9,7 +9,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from dtrain.cluster.errors import Problem
-from dtrain.runtime.scriptconfig import SCRIPT_KEY, Script, find_script, parse_script
+from dtrain.cluster.nodescript import checking_script
+from dtrain.runtime.scriptconfig import SCRIPT_KEY, find_script, parse_script
 
 _TIMEOUT_S = 60.0
 # find_spec imports the packages around a module, as -m will; the source is compiled by the Python that will run it.
@@ -39,16 +40,24 @@ print("\\n" + json.dumps(answer))
 
 
 def check_script_runs(
-    text: str, where: str, python: str, sys_path: Sequence[str], environ: Mapping[str, str]
+    text: str,
+    origins: Mapping[str, str],
+    python: str,
+    sys_path: Sequence[str],
+    environ: Mapping[str, str],
+    setup: Sequence[str] = (),
 ) -> list[Problem]:
     """At most one problem. `sys_path`: the config's folder and the working directory, where scripts are looked for."""
     script = parse_script(text)
     path = find_script(script.path, sys_path) if script.path else None
     if script.path and path is None:
-        message = _not_there(script.path, sys_path)
+        key, message = SCRIPT_KEY, _not_there(script.path, sys_path)
     else:
-        message = _ask(script, "" if path is None else str(path), python, sys_path, environ)
-    return [Problem(where=where, key=SCRIPT_KEY, message=message)] if message else []
+        question = {"path": str(path or ""), "module": script.module, "sys_path": list(sys_path)}
+        argv = [python, "-c", _CHILD, json.dumps(question)]
+        command = ["bash", "-c", checking_script(setup, python, argv)] if setup else argv
+        key, message = _ask(command, python, environ)
+    return [Problem(where=origins.get(key, ""), key=key, message=message)] if message else []
 
 
 def _not_there(path: str, folders: Sequence[str]) -> str:
@@ -58,11 +67,11 @@ def _not_there(path: str, folders: Sequence[str]) -> str:
     return f"there is no script {path}.{looked}"
 
 
-def _ask(script: Script, path: str, python: str, sys_path: Sequence[str], environ: Mapping[str, str]) -> str:
-    question = json.dumps({"path": path, "module": script.module, "sys_path": list(sys_path)})
+def _ask(command: Sequence[str], python: str, environ: Mapping[str, str]) -> tuple[str, str]:
+    """The key at fault and what is wrong, "" for nothing."""
     try:
         child = subprocess.run(
-            [python, "-c", _CHILD, question],
+            command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env={**environ, "PYTHONSAFEPATH": "1"},
@@ -70,10 +79,14 @@ def _ask(script: Script, path: str, python: str, sys_path: Sequence[str], enviro
             start_new_session=True,
         )
     except OSError as error:
-        return f"the nodes' Python {python} cannot be started: {error.strerror}"
+        return "cluster.python", f"the nodes' Python {python} cannot be started: {error.strerror}"
     except subprocess.TimeoutExpired:
-        return f"importing the package around {script.module} took longer than {_TIMEOUT_S:g} s"
-    lines = child.stdout.splitlines()
-    if child.returncode != 0 or not lines:
-        return f"the nodes' Python {python} ended with code {child.returncode} while it looked at the script"
-    return str(json.loads(lines[-1]))
+        return SCRIPT_KEY, f"importing the package around it, after cluster.setup, took longer than {_TIMEOUT_S:g} s"
+    last = child.stdout.splitlines()[-1:]
+    if last and last[0].startswith(b'{"refused"'):
+        refusal = json.loads(last[0])
+        return refusal["refused"], refusal["message"]
+    if child.returncode != 0 or not last:
+        words = f"the nodes' Python {python} ended with code {child.returncode} while it looked at the script"
+        return SCRIPT_KEY, words
+    return SCRIPT_KEY, str(json.loads(last[0]))

@@ -121,6 +121,11 @@ def header(plan: JobPlan, settled: Settled) -> list[str]:
         f"  checkpoints  {plan.checkpoint_url}",
         f"  {_origin(plan, settled)}",
     ]
+    if plan.setup:
+        count = plural(len(plan.setup), "line")
+        lines.append(
+            f"  setup        {count} of bash on each node; so nodes start anew, not as forks of a warmed-up process"
+        )
     return lines + [f"  {line}" for line in settled.decision.lines]
 
 

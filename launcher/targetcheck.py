@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from dtrain.cluster.errors import Problem
+from dtrain.cluster.nodescript import checking_script
 from dtrain.cluster.zygote import Zygote, ZygoteError
 from dtrain.launcher.scriptcheck import check_script_runs
-from dtrain.runtime.scriptconfig import SCRIPT_KEY, ScriptRunConfig
+from dtrain.runtime.scriptconfig import ScriptRunConfig
 
 if TYPE_CHECKING:
     from dtrain.launcher.compose import LaunchConfig
@@ -59,13 +60,22 @@ def check_targets(
     """
     environ = {**config.cluster.env, **os.environ, "PYTHONSAFEPATH": "1"}  # what was exported wins, as for workers
     if isinstance(config.content, ScriptRunConfig):
-        return check_script_runs(config.content.script, config.origins[SCRIPT_KEY], python, sys_path, environ)
+        return check_script_runs(config.content.script, config.origins, python, sys_path, environ, config.cluster.setup)
+    command = _command(python, config.cluster.setup)
     problems: list[Problem] = []
     pending = target_checks(config.run)
     while pending:
-        answer = _ask(python, pending, sys_path, environ, timeout_s, zygote)
+        answer = _ask(command, pending, sys_path, environ, timeout_s, zygote)
+        if answer.refused is not None:
+            key, message = answer.refused
+            return [*problems, Problem(where=config.origins.get(key, ""), key=key, message=message)]
+        if not answer.begun and answer.timed_out and config.cluster.setup:
+            message = f"took longer than {timeout_s:g} s, the look at the nodes' Python included."
+            return [*problems, Problem(where=config.origins["cluster.setup.0"], key="cluster.setup", message=message)]
         if not answer.begun:
-            return [*problems, Problem(where="", key="", message=_no_child(python, answer))]
+            where = config.origins["cluster.python"] if config.cluster.python != "auto" else ""
+            key = "cluster.python" if where else ""
+            return [*problems, Problem(where=where, key=key, message=_no_child(python, answer))]
         problems += [
             Problem(where=check.where, key=f"{check.key}._target_", message=message)
             for check, messages in zip(pending, answer.messages, strict=False)
@@ -137,10 +147,17 @@ class _Answer:
     end: str  # how the child ended, in words
     timed_out: bool
     last_words: str  # the last line that it printed
+    refused: tuple[str, str] | None  # the key and the reason where a setup line or the Python failed before it
+
+
+def _command(python: str, setup: Sequence[str]) -> Sequence[str]:
+    """The child's: with setup lines, as on a node, in a shell that runs these first."""
+    child = [python, "-m", _MODULE]
+    return ["bash", "-c", checking_script(setup, python, child)] if setup else child
 
 
 def _ask(
-    python: str,
+    command: Sequence[str],
     checks: Sequence[TargetCheck],
     sys_path: Sequence[str],
     environ: Mapping[str, str],
@@ -150,12 +167,14 @@ def _ask(
     request = {"sys_path": list(sys_path), "checks": [_as_json(check) for check in checks]}
     with tempfile.TemporaryFile() as stderr:
         forked = _run_fork(zygote, request, stderr, timeout_s) if zygote else None
-        output, end, timed_out = forked or _run_child(python, json.dumps(request), environ, stderr, timeout_s)
+        output, end, timed_out = forked or _run_child(command, json.dumps(request), environ, stderr, timeout_s)
         stderr.seek(0)
         said = stderr.read().decode(errors="replace").splitlines()
     lines = [json.loads(line) for line in output.split(b"\n") if line.startswith(b"{") and line.endswith(b"}")]
+    refused = next(((line["refused"], line["message"]) for line in lines if "refused" in line), None)
     return _Answer(
         begun=bool(lines),
+        refused=refused,
         messages=tuple(tuple(line["messages"]) for line in lines if "messages" in line),
         end=end or "ended its process",
         timed_out=timed_out,
@@ -164,12 +183,12 @@ def _ask(
 
 
 def _run_child(
-    python: str, request: str, environ: Mapping[str, str], stderr: IO[bytes], timeout_s: float
+    command: Sequence[str], request: str, environ: Mapping[str, str], stderr: IO[bytes], timeout_s: float
 ) -> tuple[bytes, str, bool]:
     """Standard output, how it ended in words, and whether that was for the time."""
     try:
         child = subprocess.Popen(
-            [python, "-m", _MODULE],
+            list(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -19,8 +19,9 @@ from typing import Any
 
 from dtrain.cluster import exits
 from dtrain.cluster.backends import get_backend
-from dtrain.cluster.errors import DtrainError
+from dtrain.cluster.errors import DtrainError, NodeError, UsageError
 from dtrain.cluster.jobplan import JobPlan, worker_environ
+from dtrain.cluster.ports import listening_socket
 from dtrain.cluster.procs import ProcessId, set_process_name, unblock_stops
 from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
 from dtrain.cluster.storage import open_storage
@@ -29,7 +30,8 @@ from dtrain.runtime.checkpoint.attempts import Attempt, claim_attempt
 from dtrain.runtime.control import ControlError, find_coordinator, is_there, read_token
 from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.cpus import describe, slice_of_cores
-from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder, listen
+from dtrain.runtime.nodestart import give_up, refuse_other_version
+from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder
 from dtrain.runtime.options import Options, parse_options
 from dtrain.runtime.stackcalls import shorten
 from dtrain.runtime.warm import StartError, WarmParent
@@ -50,7 +52,7 @@ class Agent:
         self._channel: Channel | None = None
         self._coordinator: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._workers = NodeWorkers(job.plan, options, self._tell, warm)
+        self._workers = NodeWorkers(job.plan, options, self._tell, warm, interface=job.interface)
         self._stacking: set[asyncio.Task[None]] = set()
         self._store: socket.socket | None = None  # for global rank 0
         self._attempt = 0
@@ -245,8 +247,13 @@ class Agent:
         """Every attempt has a store of its own, behind a port that nobody else can take."""
         if self._store is not None:
             self._store.close()
-        self._store = listen(self._job.backend.agent_address())
+            self._store = None
         self._attempt = attempt
+        try:
+            self._store = listening_socket(self._job.interface.address, self._job.plan.port_range)
+        except (UsageError, OSError) as error:
+            self._tell({"op": "start_failed", "message": f"no port for the attempt's store: {error}"})
+            return
         addr, port = self._store.getsockname()[:2]
         self._tell({"op": "bound", "addr": addr, "port": port})
 
@@ -310,6 +317,9 @@ def main(argv: Sequence[str] | None = None, warm: WarmParent | None = None) -> i
         os.setsid()  # all that the node runs is one session, which can be cleared
     try:
         return asyncio.run(_run(_load_job(options), options, warm))
+    except NodeError as error:
+        _say(str(error))
+        return give_up(options, str(error))
     except DtrainError as error:
         _say(str(error))
         return error.exit_code
@@ -319,7 +329,7 @@ async def _run(job: Job, options: Options, warm: WarmParent | None) -> int:
     plan = job.plan
     device = f"{plan.gpus_per_node} GPUs" if plan.gpus_per_node else "CPU"
     each = f"{plan.procs_per_node} workers x {plan.threads_per_proc} threads on {device}"
-    where = f"interface {job.backend.agent_address()}, {_cores(plan, options.node_rank)}"
+    where = f"interface {job.interface}, {_cores(plan, options.node_rank)}"
     _say(f"node {options.node_rank} of {plan.nodes}: {each}, {where}")
     return await Agent(job, options, warm).run()
 
@@ -336,7 +346,7 @@ def _cores(plan: JobPlan, node_rank: int) -> str:
 
 
 def _load_job(options: Options) -> Job:
-    """Raises DtrainError where the run directory holds another job by now."""
+    """Raises DtrainError where the run directory holds another job by now, NodeError where this node can't serve it."""
     run = RunDir(options.run_dir)
     record = read_json(run.job)
     if record is None:
@@ -344,7 +354,12 @@ def _load_job(options: Options) -> Job:
     plan = JobPlan.from_json(record)
     if plan.job_id != options.job_id:
         raise DtrainError(f"{run.job} describes job {plan.job_id}; this node was started for {options.job_id}")
+    refuse_other_version(plan)
     backend = get_backend(plan.backend, options.agent_args)
+    try:
+        interface = backend.interface(plan)
+    except UsageError as error:
+        raise NodeError(f"cluster.interface: {error}") from error
 
     def claim(skip: frozenset[tuple[int, int]], from_nothing: bool) -> Attempt:
         storage = open_storage(plan.checkpoint_url)
@@ -352,7 +367,7 @@ def _load_job(options: Options) -> Job:
         return claim_attempt(storage, host=host, job_id=plan.job_id, skip=skip, from_nothing=from_nothing)
 
     token = read_token(run.control(plan.job_id))
-    return Job(plan=plan, backend=backend, token=token, timings=options.timings, claim=claim)
+    return Job(plan=plan, backend=backend, interface=interface, token=token, timings=options.timings, claim=claim)
 
 
 def _say(text: str) -> None:

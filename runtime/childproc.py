@@ -87,7 +87,7 @@ def run_worker(spec: WorkerSpec, fds: WorkerFds, parent: int) -> int:
         WorkerEnv.from_environ(spec.worker), store_fd=fds.store, progress_fd=fds.progress, report_fd=fds.report
     )
     set_process_name(f"dtrain {env.global_rank}/{env.world_size}")
-    os.environ.update(env.to_environ())
+    os.environ.update({**env.to_environ(), **env.traffic_environ(os.environ)})
     _take_cores(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.enable(file=2)

@@ -20,6 +20,7 @@ from typing import Any
 
 from dtrain.cluster import exits
 from dtrain.cluster.backends import Backend
+from dtrain.cluster.interfaces import Interface
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import RunDir, append_event, read_json, write_atomic, write_once
@@ -52,6 +53,7 @@ class Job:
 
     plan: JobPlan
     backend: Backend
+    interface: Interface  # of this node
     token: bytes
     timings: Timings
     claim: Claim
@@ -75,8 +77,8 @@ class Coordinator:
 
     async def open(self, node_rank: int, host: str) -> CoordinatorAddress:
         """Opens the control port, for the record that claims the term."""
-        address = self._job.backend.agent_address()
-        port = await self._roster.open(address)
+        address = self._job.interface.address
+        port = await self._roster.open(address, self._plan.port_range)
         return CoordinatorAddress(
             term=self._term, node_rank=node_rank, host=host, addr=address, port=port, pid=os.getpid()
         )
@@ -136,6 +138,8 @@ class Coordinator:
         while len(self._roster.members) < self._plan.nodes or not self._roster.inbox.empty():
             if self._memory.stop is not None:
                 return ""
+            if self._control.ended.exists():
+                return "a node that can't take part has ended the job"  # its own words are in that file, and stay
             await self._next(0.05)
             for node in set(range(self._plan.nodes)) - self._roster.members.keys():
                 if self._is_due(node):
@@ -156,7 +160,8 @@ class Coordinator:
         if record is not None and ProcessId.from_json(record).liveness() == "gone":
             return waited > 0.1 * self._starts.get(node, 0)
         known = node in self._starts or record is None or self._memory.attempt == 0
-        return waited > (self._job.timings.join_s if known else self._job.timings.dead_after_s)
+        patience_s = self._job.timings.join_s if known else self._job.timings.dead_after_s
+        return waited > patience_s + (self._job.timings.setup_s if self._plan.setup else 0.0)
 
     async def _begin(self) -> Attempt | None:
         """Takes the next attempt number and tells the node of global rank 0 to open the attempt's store. None where the

@@ -76,8 +76,14 @@ class NodeLog:
 class LineSplitter:
     """Bytes of one stream -> lines for the log. Keeps the last lines as evidence."""
 
-    def __init__(self, emit: Callable[[bytes], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        emit: Callable[[bytes], None],
+        clock: Callable[[], float] = time.monotonic,
+        redact: Callable[[bytes], bytes] = bytes,
+    ) -> None:
         self._emit = emit
+        self._redact = redact
         self._clock = clock
         self._rest = b""
         self._redrawn_at = clock()
@@ -111,6 +117,7 @@ class LineSplitter:
         self._rest = latest or _last_drawing(drawn) + b"\r"
 
     def _line(self, line: bytes) -> None:
+        line = self._redact(line)
         for start in range(0, max(1, len(line)), _MAX_LINE_BYTES):
             part = line[start : start + _MAX_LINE_BYTES]
             self.tail.append(part.decode(errors="replace"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -12,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from dtrain.cluster.interfaces import LOOPBACK, Interface
 from dtrain.cluster.jobplan import JobPlan, worker_environ
 from dtrain.cluster.procs import clear_session
 from dtrain.cluster.rundir import RunDir
@@ -19,6 +19,7 @@ from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.childproc import ENTRIES, WorkerSpec
 from dtrain.runtime.nodelog import NodeLog
 from dtrain.runtime.options import Options
+from dtrain.runtime.redact import redactor
 from dtrain.runtime.warm import ExecStarter, Starter, StartError, WarmParent, WarmStarter, exec_warm_parent
 from dtrain.runtime.workerproc import Notify, WorkerProcess
 
@@ -39,10 +40,20 @@ class StartOrder:
 class NodeWorkers:
     """`notify` gets what workers tell and how they end, as messages for the coordinator without their attempt."""
 
-    def __init__(self, plan: JobPlan, options: Options, notify: Notify, warm: WarmParent | None = None) -> None:
+    def __init__(
+        self,
+        plan: JobPlan,
+        options: Options,
+        notify: Notify,
+        warm: WarmParent | None = None,
+        *,
+        interface: Interface = LOOPBACK,
+    ) -> None:
         self._plan = plan
         self._options = options
         self._notify = notify
+        self._interface = interface
+        self._redact = redactor(plan.secrets, os.environ)
         self._environ = worker_environ(plan, dict(os.environ))
         self._workers: list[WorkerProcess] = []
         self._log: NodeLog | None = None
@@ -71,7 +82,7 @@ class NodeWorkers:
             for local_rank in range(self._plan.procs_per_node):
                 if self._killed.is_set():
                     raise StartError("ended while the workers were being started")
-                worker = WorkerProcess(self._worker_env(order, local_rank), self._log, self._notify)
+                worker = WorkerProcess(self._worker_env(order, local_rank), self._log, self._notify, self._redact)
                 self._workers.append(worker)
                 starter = await self._start_one(worker, starter, store)
             seconds = round(time.monotonic() - started, 3)
@@ -125,6 +136,7 @@ class NodeWorkers:
             num_nodes=plan.nodes,
             master_addr=order.master_addr,
             master_port=order.master_port,
+            interface=self._interface.name,
             device=f"cuda:{local_rank % gpus}" if gpus else "cpu",
             resume_step=order.resume_step,
             resume_attempt=order.resume_attempt,
@@ -175,13 +187,3 @@ class NodeWorkers:
         if self._warm is not None:
             self._warm.close()
             self._warm = None
-
-
-def listen(address: str) -> socket.socket:
-    """A listening socket for a TCPStore on a port that was free; rank 0 inherits it, so nobody can take the port."""
-    with contextlib.ExitStack() as undo:
-        server = undo.enter_context(socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET))
-        server.bind((address, 0))
-        server.listen(4096)
-        undo.pop_all()
-    return server

@@ -18,6 +18,7 @@ class Timings:
     claim_delay_s: float = 0.1  # times the node rank: low ranks become coordinator first
     evidence_s: float = 0.3  # from a failure's first sign to the decision, so that the culprit can speak
     join_s: float = 30.0  # for a node to appear, before it is started again
+    setup_s: float = 600.0  # for its setup lines, before that
     kill_s: float = 5.0  # for a node to confirm that its workers are gone
     stop_s: float = 60.0  # for workers to save and end after a stop
 

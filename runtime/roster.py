@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtrain.cluster.ports import PortRange, listening_socket
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import Control, read_json
 from dtrain.runtime.channel import Channel, accept
@@ -23,7 +24,6 @@ OnClient = Callable[[Message], Awaitable[Message]]
 NOBODY = -1  # the sender of messages that no node sent
 _MAX_STRANGERS = 64  # peers that have proven nothing yet and are heard at one time
 _ACCEPT_PAUSE_S = 0.1
-_BACKLOG = 4096  # all nodes of a large job may come at once
 
 
 @dataclass(slots=True)
@@ -52,10 +52,9 @@ class Roster:
         self.members: dict[int, Member] = {}
         self.inbox: asyncio.Queue[tuple[int, Message]] = asyncio.Queue()
 
-    async def open(self, address: str) -> int:
-        """Listens on a free port of `address`; the port."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._server = socket.create_server((address, 0), family=family, backlog=_BACKLOG)
+    async def open(self, address: str, ports: PortRange | None = None) -> int:
+        """Listens on a free port of `address`; the port. Raises UsageError where `ports` has none left."""
+        self._server = listening_socket(address, ports)
         self._server.setblocking(False)
         self._tasks |= {asyncio.create_task(self._watch()), asyncio.create_task(self._accept(self._server))}
         return int(self._server.getsockname()[1])

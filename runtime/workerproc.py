@@ -16,6 +16,7 @@ from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.childproc import WorkerFds, WorkerSpec
 from dtrain.runtime.nodelog import LineSplitter, NodeLog
 from dtrain.runtime.progress import ProgressReader, create_record
+from dtrain.runtime.redact import Redactor
 from dtrain.runtime.report import MAX_LINE_BYTES
 from dtrain.runtime.warm import Starter
 
@@ -28,10 +29,11 @@ Notify = Callable[[dict[str, Any]], None]
 class WorkerProcess:
     """Made with its channels, then `start`ed once. `notify` gets its events, its failure report and, last, its end."""
 
-    def __init__(self, env: WorkerEnv, log: NodeLog, notify: Notify) -> None:
+    def __init__(self, env: WorkerEnv, log: NodeLog, notify: Notify, redact: Redactor) -> None:
         self.env = env
         self.pid = 0
         self._notify = notify
+        self._redact = redact
         self._pidfd = -1
         self._killed = False
         self._ready = False  # whether it has said that it keeps a SIGTERM in mind
@@ -44,8 +46,8 @@ class WorkerProcess:
         self._stack_fd = os.memfd_create(f"dtrain stack {env.global_rank}", os.MFD_CLOEXEC)
         fcntl.fcntl(self._stack_fd, fcntl.F_SETFL, os.O_APPEND)
         tag = str(env.global_rank)
-        self._stdout = LineSplitter(lambda line: log.write(tag, line))
-        self._stderr = LineSplitter(lambda line: log.write(tag, line))
+        self._stdout = LineSplitter(lambda line: log.write(tag, line), redact=redact.line)
+        self._stderr = LineSplitter(lambda line: log.write(tag, line), redact=redact.line)
         self._pipes: dict[int, Callable[[bytes], None]] = {}
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -152,7 +154,7 @@ class WorkerProcess:
             self._partial = b""
         for line in lines:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a worker killed while writing
-                self._relay(json.loads(line))
+                self._relay(self._redact.record(json.loads(line)))
 
     def _relay(self, report: dict[str, Any]) -> None:
         if report["type"] == "ready":

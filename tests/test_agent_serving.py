@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dtrain.cluster.errors import StorageError, UsageError
+from dtrain.cluster.interfaces import LOOPBACK
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.local import LocalBackend
 from dtrain.cluster.procs import ProcessId
@@ -61,7 +62,7 @@ def make_job(options: Options, claim: Any) -> Job:
         max_restarts_without_progress=3,
     )
     token = bytes.fromhex(RunDir(options.run_dir).control("job").token.read_text())
-    return Job(plan=plan, backend=LocalBackend(), token=token, timings=TIMINGS, claim=claim)
+    return Job(plan=plan, backend=LocalBackend(), interface=LOOPBACK, token=token, timings=TIMINGS, claim=claim)
 
 
 async def nobody(message: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from dtrain.cluster.errors import ConfigError, Problem
 from dtrain.launcher import cli
 from dtrain.launcher.compose import load_config
+from dtrain.launcher.plan import nodes_python
 from dtrain.launcher.targetcheck import check_targets
 
 # The lines of a config that is right; a case replaces some and adds others. Line n of a case is line n of the file.
@@ -192,6 +192,32 @@ CASES = [
     _one("run_dir is a file", 5, "run_dir", "is a file", "run_dir: mine.py"),
     _one("run_dir below a file", 5, "run_dir", "mine.py is a file, and a directory is needed", "run_dir: mine.py/run"),
     _one("a rank in env", 5, "cluster.env.RANK", "is set by dtrain", "cluster: {env: {RANK: 3}}"),
+    # nodes
+    _one("no such interface", 5, "cluster.interface", "there is no interface eht0. There are: lo (127.0.0.1)",
+         "cluster: {interface: eht0}"),
+    _one("no address in the range", 5, "cluster.interface", "no interface has an address in 203.0.113.0/24",
+         "cluster: {interface: 203.0.113.0/24}"),
+    _one("no range of addresses", 5, "cluster.interface", "10.0.0.0/99 is no range of addresses",
+         "cluster: {interface: 10.0.0.0/99}"),
+    _one("one port", 5, "cluster.port_range", "expects the first and the last port, like [29400, 29499], found 1",
+         "cluster: {port_range: [29400]}"),
+    _one("ports the wrong way round", 5, "cluster.port_range", "is the wrong way round",
+         "cluster: {port_range: [29500, 29400]}"),
+    _one("ports beyond the last", 5, "cluster.port_range", "ports are between 1 and 65535",
+         "cluster: {port_range: [65000, 70000]}"),
+    _one("a port for a range", 5, "cluster.port_range", "expects a list, found the number 29400",
+         "cluster: {port_range: 29400}"),
+    _one("a secret that is not set", 5, "cluster.secrets.0", "NO_SUCH_SECRET is not set here",
+         "cluster: {secrets: [NO_SUCH_SECRET]}"),
+    _one("a secret's value", 5, "cluster.secrets.0", "expects the name of an environment variable, not its value",
+         "cluster: {secrets: [hf_abc-def]}"),
+    _one("a setup line that bash can't read", 5, "cluster.setup.1", "bash can't read this line: ",
+         "cluster: {setup: [module load cuda, 'if true']}"),
+    _one("a setup line that fails", 5, "cluster.setup.1", "setup line 2, `false`, ended with 1",
+         "cluster: {setup: ['true', 'false']}"),
+    _one("a missing Python", 5, "cluster.python", "/no/such/python cannot be started: No such file or directory",
+         "cluster: {python: /no/such/python}"),
+    _one("no Python", 5, "cluster.python", "is empty", "cluster: {python: ''}"),
     # targets
     _one("no dotted name", 1, "model._target_", 'expects a dotted name like package.module.name, found the text "Net"',
          model="model: {_target_: Net}"),
@@ -277,7 +303,7 @@ def find_problems(path: str, overrides: tuple[str, ...], folder: Path) -> list[P
         config = load_config(path, overrides)
     except ConfigError as error:
         return list(error.problems)
-    return check_targets(config, sys.executable, [str(folder)], timeout_s=60)
+    return check_targets(config, nodes_python(config.cluster), [str(folder)], timeout_s=60)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id.replace(" ", "-"))

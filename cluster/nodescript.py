@@ -1,0 +1,103 @@
+"""The shell that runs on a node before its agent: the user's `setup` lines, verbatim, then a look at the Python that is
+to be the agent's. What fails there would fail again, so it ends the job with 93 and one message. Pure text.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.version import VERSION
+
+# Written so that Pythons that are too old can read it. `-P` is one that they don't know, hence the first line.
+_PROBE = """\
+import sys
+sys.path[:1] = [p for p in sys.path[:1] if p]
+if sys.version_info < (3, 11):
+    sys.exit("is Python %d.%d, and dtrain needs 3.11 or newer" % sys.version_info[:2])
+try:
+    import dtrain.runtime.agent
+    from dtrain.cluster.version import VERSION
+except ImportError as error:
+    sys.exit("has no dtrain that can be imported: %s" % error)
+if VERSION != sys.argv[1]:
+    sys.exit("has dtrain %s, but the job was submitted with %s" % (VERSION, sys.argv[1]))
+"""
+
+# Bash's own means only: PATH may be what is wrong. An agent ends a job with the same two records: runtime/nodestart.py.
+_REFUSE_ON_NODE = r"""
+dtrain_refuse() {  # $1: the key of the config, $2: why
+  trap - EXIT
+  local why="node $dtrain_node ($HOSTNAME): $2" now
+  printf -v now '%(%s)T' -1
+  echo "$why" >&2
+  why=${why//\\/\\\\}; why=${why//\"/\\\"}; why=${why//[[:cntrl:]]/ }  # as JSON
+  local words='"state": "failed", "exit_code": 93, "reason": "'"$why"'"'
+  umask 077
+  echo "{$words, \"at\": $now}" >"$dtrain_ended.$$" && ln "$dtrain_ended.$$" "$dtrain_ended" &&
+    echo "{\"time\": $now, \"type\": \"ended\", $words, \"step\": 0}" >>"$dtrain_events"
+  rm -f "$dtrain_ended.$$"
+  exit 93
+}
+"""
+_REFUSE_TO_PARENT = r"""
+dtrain_refuse() {
+  trap - EXIT
+  local why=$2
+  why=${why//\\/\\\\}; why=${why//\"/\\\"}; why=${why//[[:cntrl:]]/ }  # as JSON
+  echo "{\"refused\": \"$1\", \"message\": \"$why\"}" >&9
+  exit 93
+}
+"""
+_CHECK = r"""
+dtrain_check() {  # $1: how setup line $dtrain_line ended
+  [ "$1" = 0 ] || dtrain_refuse "cluster.setup.$((dtrain_line - 1))" \
+    "setup line $dtrain_line, \`${dtrain_setup[dtrain_line - 1]}\`, ended with $1. Try it in a shell there."
+}
+"""
+_LOOK_AT_PYTHON = r"""
+dtrain_after=$(printf '%s; ' "${dtrain_setup[@]}")
+dtrain_said=$("$dtrain_python" -c "$dtrain_probe" "$dtrain_version" 2>&1 </dev/null) || {
+  dtrain_said=${dtrain_said##*$'\n'}
+  dtrain_said=${dtrain_said#*: line [0-9]*: "$dtrain_python": }  # what bash says before why it can't be started
+  dtrain_refuse cluster.python "$dtrain_python: $dtrain_said${dtrain_setup:+ (after setup: ${dtrain_after%;*})}.\
+ Set it to one that has dtrain $dtrain_version."
+}
+"""
+
+
+def node_script(plan: JobPlan, agent_argv: Sequence[str]) -> str:
+    """A bash script, started with the node's rank, that prepares the node and becomes the agent: `agent_argv` and the
+    rank behind it."""
+    run = RunDir(plan.run_dir)
+    variables = (
+        "dtrain_node=$1",
+        f"dtrain_ended={shlex.quote(str(run.control(plan.job_id).ended))}",
+        f"dtrain_events={shlex.quote(str(run.events))}",
+    )
+    lines = [*variables, *_preparation(_REFUSE_ON_NODE, plan.setup, plan.python)]
+    return "\n".join([*lines, f'exec {shlex.join(agent_argv)} "$dtrain_node"']) + "\n"
+
+
+def checking_script(setup: Sequence[str], python: str, argv: Sequence[str]) -> str:
+    """The same preparation before a job is submitted, and then `argv` with stdin and stdout as they were. Who refuses
+    says so as {"refused": key, "message": text} on stdout, where nothing that `setup` prints can be."""
+    streams = "exec 8<&0 9>&1 </dev/null >&2"
+    lines = [streams, *_preparation(_REFUSE_TO_PARENT, setup, python)]
+    return "\n".join([*lines, f"exec {shlex.join(argv)} <&8 >&9 8<&- 9>&-"]) + "\n"
+
+
+def _preparation(refuse: str, setup: Sequence[str], python: str) -> list[str]:
+    lines = [
+        f"dtrain_version={VERSION}",
+        f"dtrain_python={shlex.quote(python)}",
+        f"dtrain_probe={shlex.quote(_PROBE)}",
+        f"dtrain_setup=({shlex.join(setup)})",
+        refuse + _CHECK,
+    ]
+    lines.append("trap 'dtrain_check $?' EXIT  # a line may also end the shell")
+    for index, line in enumerate(setup):
+        lines += [f"dtrain_line={index + 1}", line, "dtrain_check $?"]
+    return [*lines, "trap - EXIT", _LOOK_AT_PYTHON]
