@@ -44,13 +44,14 @@ def load_shared(
     *,
     rank: int,
     world_size: int,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """load_tensors() for all ranks together, as fill_shared() does it."""
 
     def read(wanted: Sequence[Request]) -> None:
         load_tensors(storage, manifest, wanted)
 
-    fill_shared(read, specs, requests, rank=rank, world_size=world_size)
+    fill_shared(read, specs, requests, rank=rank, world_size=world_size, group=group)
 
 
 def fill_shared(
@@ -60,9 +61,11 @@ def fill_shared(
     *,
     rank: int,
     world_size: int,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Fills what is requested: `specs` describe what the ranks hold, equal on every rank; `requests` are this rank's
-    own, where whatever all ranks hold is asked for as a whole. Collective, over CPU memory.
+    own, where whatever all ranks hold is asked for as a whole. Collective, over CPU memory;
+    `group` None: the default process group.
 
     Raises CorruptCheckpoint on every rank, whoever of them read the damaged bytes.
     """
@@ -82,11 +85,11 @@ def fill_shared(
     except CorruptCheckpoint as error:
         damage = error
     if world_size > 1:
-        _raise_together(damage, world_size)
+        _raise_together(damage, world_size, group)
     elif damage is not None:
         raise damage
     for exchange in exchanges:
-        _exchange(exchange, targets, rank)
+        _exchange(exchange, targets, rank, group)
 
 
 def _plan(specs: Sequence[TensorSpec], world_size: int) -> list[list[list[_Piece]]]:
@@ -112,7 +115,9 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _exchange(exchange: Sequence[Sequence[_Piece]], targets: dict[str, Tensor], rank: int) -> None:
+def _exchange(
+    exchange: Sequence[Sequence[_Piece]], targets: dict[str, Tensor], rank: int, group: dist.ProcessGroup | None
+) -> None:
     """Every rank's pieces come into every rank's tensors."""
     size = _aligned(max((brought[-1].end for brought in exchange if brought), default=0))
     if not size:
@@ -121,7 +126,7 @@ def _exchange(exchange: Sequence[Sequence[_Piece]], targets: dict[str, Tensor], 
     parts = everything.view(len(exchange), size)
     for target, part in _places(exchange[rank], targets, parts[rank]):
         part.copy_(target)
-    dist.all_gather_single(everything, parts[rank].clone())
+    dist.all_gather_single(everything, parts[rank].clone(), group=group)
     for reader, brought in enumerate(exchange):
         if reader != rank:
             for target, part in _places(brought, targets, parts[reader]):
@@ -136,10 +141,10 @@ def _places(brought: Sequence[_Piece], targets: dict[str, Tensor], part: Tensor)
         yield inside, part[piece.begin : piece.end].view(target.dtype).view(inside.shape)
 
 
-def _raise_together(damage: CorruptCheckpoint | None, world_size: int) -> None:
+def _raise_together(damage: CorruptCheckpoint | None, world_size: int, group: dist.ProcessGroup | None) -> None:
     said = None if damage is None else (str(damage), damage.step, damage.attempt, damage.file, damage.tensor)
     everybody: list[tuple[str, int, int, str, str] | None] = [None] * world_size
-    dist.all_gather_object(everybody, said)
+    dist.all_gather_object(everybody, said, group=group)
     if damage is not None:
         raise damage
     for found in everybody:
