@@ -53,8 +53,8 @@ TORCH_FREE = [
     "runtime.weightfiles",
     "runtime.weightmatch",
 ]
-# The one place where the launcher goes over to the other world: `launch --here` trains in its own process.
-MAY_NAME_TORCH_MODULES = {"dtrain.launcher.here"}
+# Where the launcher goes over to the other world: `launch --here` trains in its own process, `ckpt export` starts one.
+MAY_NAME_TORCH_MODULES = {"dtrain.launcher.here", "dtrain.launcher.commands.ckpt_export"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@ and go back into them."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -17,7 +18,11 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from dtrain.cluster.storage import open_storage
 from dtrain.launcher.compose import dump_resolved, load_config
+from dtrain.runtime.checkpoint.attempts import claim_attempt
+from dtrain.runtime.checkpoint.loader import load_model
+from dtrain.runtime.export import Request, export
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'dtrain[hf]'")
 
@@ -145,3 +150,90 @@ def test_fine_tuning_begins_where_from_pretrained_would(
     assert said["tensors"] == len(list(reference.parameters()))
     assert [said[kind]["count"] for kind in ("fresh", "replaced", "unexpected")] == [0, 0, 0]
     assert any(line.startswith("weights ") for line in event(folder, "chosen")["lines"])
+
+
+def inputs(hf: Any, name: str) -> dict[str, Any]:
+    batch: dict[str, Any] = default_collate([hf.Samples(name)[i] for i in range(4)])
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def request(run_dir: Path, folder: Path, **more: Any) -> Request:
+    folder.mkdir()
+    settings: dict[str, Any] = {"form": "hf", "dtype": None, "config": None, "run_dir": str(run_dir), **more}
+    url = str(run_dir / "checkpoints")
+    return Request(checkpoint_url=url, step=2, attempt=1, folder=str(folder), sys_path=(), **settings)
+
+
+@pytest.fixture(scope="module")
+def trained(run: Run, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run directory of two steps of fine-tuning on 2 ranks, made when it is first asked for."""
+    root = tmp_path_factory.mktemp("trained")
+
+    def train(name: str) -> Path:
+        if not (root / name).exists():
+            model = {"_target_": "hf.from_folder", "auto": MODELS[name], "folder": str(folders / name)}
+            init = f"model.init_from={folders / name}"
+            folder = prepare(root / name, name, init, "train.steps=2", "strategy=fsdp", model=model)
+            claim_attempt(open_storage(str(folder / "checkpoints")), host="here", job_id="case")
+            assert run(folder, 2) == [0, 0]
+        return root / name
+
+    return train
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exported_folder_is_what_was_trained(
+    hf: Any, folders: Path, trained: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """Opened by transformers, it gives the same bits; and its tensors are called as save_pretrained() calls them."""
+    (folders / name / "tokenizer_config.json").write_text("{}")
+    told = export(request(trained(name), tmp_path / "out"))
+    assert told["tensors"] == len(list(open_folder(folders / name, name).parameters()))
+    wanted = hf.from_folder(MODELS[name], str(folders / name)).eval()
+    load_model(str(trained(name) / "checkpoints"), wanted)
+    found, before = open_folder(tmp_path / "out", name), open_folder(folders / name, name)
+    with torch.no_grad():
+        logits = [model(**inputs(hf, name)).logits for model in (found, wanted, before)]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2]), "two steps have changed it"
+    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+    original = json.loads((folders / name / "model.safetensors.index.json").read_text())["weight_map"]
+    with importlib.import_module("safetensors").safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(original)
+
+
+def test_an_export_in_several_files_and_another_dtype(hf: Any, trained: Callable[[str], Path], tmp_path: Path) -> None:
+    told = export(request(trained("gpt2"), tmp_path / "out", file_bytes=40_000, dtype="bf16"))
+    assert sum(name.endswith(".safetensors") for name in told["files"]) > 1
+    found, wanted = open_folder(tmp_path / "out", "gpt2"), hf.from_config("gpt2")
+    load_model(str(trained("gpt2") / "checkpoints"), wanted)
+    for (name, here), there in zip(found.named_parameters(), wanted.parameters(), strict=True):
+        assert here.dtype == torch.bfloat16
+        assert torch.equal(here, there.to(torch.bfloat16)), name
+
+
+def test_an_export_trains_on(run: Run, hf: Any, trained: Callable[[str], Path], tmp_path: Path) -> None:
+    export(request(trained("bert"), tmp_path / "out", form="safetensors"))
+    folder = prepare(tmp_path / "run", "bert", f"model.init_from={tmp_path / 'out'}", "train.steps=1")
+    assert run(folder, 1) == [0]
+    assert event(folder, "initialized")["tensors"] == len(list(hf.from_config("bert").parameters()))
+
+
+def test_export_without_the_run_needs_a_config(trained: Callable[[str], Path], folders: Path, tmp_path: Path) -> None:
+    wanted = request(trained("gpt2"), tmp_path / "out", config=str(folders / "gpt2"))
+    export(dataclasses.replace(wanted, run_dir=None))
+    assert open_folder(tmp_path / "out", "gpt2")
+
+
+def test_a_new_head_starts_fresh(run: Run, folders: Path, tmp_path: Path) -> None:
+    """A classifier of 7 classes from one of 5: refused with the key to set, and then done."""
+    model = {"_target_": "hf.from_config", "name": "vit", "num_labels": 7}
+    refused = prepare(tmp_path / "refused", "vit", f"model.init_from={folders / 'vit'}", model=model)
+    assert run(refused, 2) == [93, 93]
+    assert "classifier.weight: [5, 32] there, [7, 32] here" in failure(refused)
+    model["init_from"] = {"url": str(folders / "vit"), "fresh": ["classifier.*"]}
+    model["frozen"] = ["vit.embeddings.*"]
+    folder = prepare(tmp_path / "run", "vit", "train.steps=2", model=model)
+    assert run(folder, 2) == [0, 0]
+    assert event(folder, "initialized")["replaced"]["names"] == ["classifier.weight", "classifier.bias"]
+    assert "frozen" in event(folder, "chosen")["lines"][0]

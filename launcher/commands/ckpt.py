@@ -9,7 +9,7 @@ from typing import cast
 from dtrain.launcher.cli import Module
 
 HELP = "List, inspect, verify and tidy up the checkpoints of a run or a store."
-COMMANDS = ("ls", "show", "verify", "prune", "gc")
+COMMANDS = ("ls", "show", "verify", "prune", "gc", "export")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
