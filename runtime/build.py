@@ -19,10 +19,10 @@ from dtrain.runtime.hfnames import Translate, names_from_files
 from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.ranks import Ranks
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.fsdp import units
 from dtrain.strategies.protocol import ModelSpec, Topology, Wrapped
 from dtrain.strategies.registry import choose, get_strategy
 from dtrain.strategies.state import DTYPES, persistent_buffers
+from dtrain.strategies.units import units
 
 # Optimizers whose update of one element depends on that element alone; others see another tensor when it is cut.
 _NOT_ELEMENTWISE = {"LBFGS", "Adafactor", "Muon"}

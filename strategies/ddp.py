@@ -72,7 +72,7 @@ class BucketedAllReduce:
     def settle(self) -> None:
         pass
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         while self._next < len(self._buckets):  # buckets with parameters that had no part in the last micro-batch
             self._reduce(self._buckets[self._next])
         for bucket in self._buckets:
@@ -84,6 +84,10 @@ class BucketedAllReduce:
                 for index in bucket.missing:
                     if produced[index] == 0:
                         bucket.parameters[index].grad = None
+        return False  # the buckets say it themselves
+
+    def drop_unused(self) -> None:
+        pass
 
     def _make_hook(self, bucket: _Bucket, index: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -138,7 +142,7 @@ class Ddp:
     def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
         return ()
 
-    def predict(self, model: ModelSpec, topology: Topology) -> Prediction:
+    def predict(self, model: ModelSpec, config: StrategyConfig, topology: Topology) -> Prediction:
         return whole_model(model)
 
     def materialize(

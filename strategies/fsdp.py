@@ -1,24 +1,25 @@
 """Fully sharded data parallelism through torch's FSDP2 (fully_shard): parameters, gradients and optimizer state are cut
 along dim 0 over the ranks; a unit's parameters are gathered for its forward and backward only. Gathering is collective:
-every rank has to run the same units in the same order, though not all parameters in them.
+every rank has to run the same units in the same order, though not all parameters in them. With `replicate` (HSDP) there
+are several such copies of the model: gathering stays inside one, gradients are summed over all.
 """
 
 from __future__ import annotations
 
-import fnmatch
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.layout import check_layout, fsdp_degrees
 from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
+from dtrain.strategies.units import units
 
 
 class ShardedGradients:
@@ -41,14 +42,12 @@ class ShardedGradients:
         self._root.set_requires_gradient_sync(last)
         self._root.set_is_last_backward(last)
 
-    def finish(self) -> None:
-        missing = [index for index in range(len(self._parameters)) if index not in self._produced]
-        somewhere = torch.tensor(bool(missing), dtype=torch.int32)
-        dist.all_reduce(somewhere)
-        if not somewhere:
-            return
-        produced = torch.ones(len(self._parameters), dtype=torch.int32)
-        produced[missing] = 0
+    def finish(self) -> bool:
+        return len(self._produced) < len(self._parameters)
+
+    def drop_unused(self) -> None:
+        produced = torch.zeros(len(self._parameters), dtype=torch.int32)
+        produced[list(self._produced)] = 1
         dist.all_reduce(produced)
         for parameter, ranks in zip(self._parameters, produced.tolist(), strict=True):
             if not ranks:
@@ -93,67 +92,6 @@ def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
             yield from _own_modules(child)
 
 
-def units(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """The modules that are gathered as one, by name, inner ones first: those that match a pattern, else every item of
-    every outermost ModuleList or Sequential, but for items that share a parameter with something outside.
-
-    Raises UsageError for a pattern that matches nothing, or a module that can't be a unit.
-    """
-    owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[parameter].add(module)
-
-    def shares(unit: nn.Module) -> bool:
-        inside = set(unit.modules())
-        return any(not owners[parameter] <= inside for parameter in unit.parameters())
-
-    if not patterns:
-        return [(name, module) for name, module in _items(model) if not shares(module)]
-    found = _matches(model, patterns)
-    for name, module in found:
-        if isinstance(module, _CONTAINERS):
-            raise UsageError(f"strategy.wrap: {name} is a {type(module).__name__}, which has no forward. Say {name}.*")
-        if shares(module):
-            raise UsageError(
-                f"strategy.wrap: {name} shares a parameter with a module outside it, so it can't be gathered alone. "
-                "Leave it out, or name a module that holds both"
-            )
-    return found
-
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-
-
-def _matches(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """Name by name: `blocks.*` is every block, not every module in one."""
-    modules = {name: module for name, module in model.named_modules() if name}
-
-    def fits(name: str, pattern: str) -> bool:
-        words, parts = name.split("."), pattern.split(".")
-        return len(words) == len(parts) and all(map(fnmatch.fnmatchcase, words, parts))
-
-    for pattern in patterns:
-        if not any(fits(name, pattern) for name in modules):
-            some = ", ".join(list(modules)[:20])
-            raise UsageError(f"strategy.wrap: {pattern!r} matches no module. There are: {some}")
-    return [(n, m) for n, m in reversed(modules.items()) if any(fits(n, pattern) for pattern in patterns)]
-
-
-def _items(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    found: dict[nn.Module, str] = {}  # a module that is used in two places is one unit
-
-    def walk(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(child, _CONTAINERS):
-                walk(child, f"{prefix}{name}.")
-            elif any(True for _ in child.parameters()):
-                found.setdefault(child, prefix + name)
-
-    walk(model, "")
-    return [(name, module) for module, name in found.items()]
-
-
 def _check_parameters(model: nn.Module, wrapped: Sequence[tuple[str, nn.Module]]) -> None:
     """What fully_shard would refuse later and in other words. Raises UsageError."""
     for name, parameter in model.named_parameters():
@@ -178,15 +116,23 @@ def _check_parameters(model: nn.Module, wrapped: Sequence[tuple[str, nn.Module]]
             )
 
 
+def _mesh(config: StrategyConfig, world_size: int, device: torch.device) -> DeviceMesh:
+    """Ranks of one copy of the model are neighbours: a node's, where they fit into one."""
+    replicate, shard = fsdp_degrees(config, world_size)
+    if replicate == 1:
+        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
 class Fsdp:
     name = "fsdp"
     caps = Caps(devices=frozenset({"cpu", "cuda"}), precisions=frozenset({"fp32", "bf16"}), elementwise_optimizer=True)
 
     def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
-        return ()
+        return [message for _, message in check_layout(config, topology.nodes, topology.world_size // topology.nodes)]
 
-    def predict(self, model: ModelSpec, topology: Topology) -> Prediction:
-        ranks = topology.world_size
+    def predict(self, model: ModelSpec, config: StrategyConfig, topology: Topology) -> Prediction:
+        _, ranks = fsdp_degrees(config, topology.world_size)
         return Prediction(
             parameters=-(-model.parameter_bytes // ranks),
             gradients=-(-model.parameter_bytes // ranks),
@@ -202,7 +148,7 @@ class Fsdp:
         topology: Topology,
         device: torch.device,
     ) -> Wrapped:
-        mesh = init_device_mesh(device.type, (topology.world_size,), mesh_dim_names=("shard",))
+        mesh = _mesh(config, topology.world_size, device)
         wrapped = units(model, config.wrap)
         _check_parameters(model, wrapped)
         for _, module in wrapped:

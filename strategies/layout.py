@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from dtrain.strategies.config import StrategyConfig
 
 KEY = "strategy"
@@ -22,9 +25,40 @@ def check_layout(strategy: StrategyConfig, nodes: int, procs_per_node: int) -> l
                 strategy, ("shard",), "ddp cuts nothing. Leave it out, or set name: fsdp"
             )
         case "fsdp":
-            return _degree(strategy, "shard", world_size, ranks) + _foreign(
-                strategy, ("replicate",), "replicate belongs to ddp; fsdp with replicas is not built yet. Leave it out"
-            )
+            return _product(strategy, world_size, ranks)
+
+
+def fsdp_degrees(strategy: StrategyConfig, world_size: int) -> tuple[int, int]:
+    """(replicate, shard) of a layout without problems: what one leaves open the other decides; all is sharded where
+    both do."""
+    if strategy.replicate != "auto":
+        return strategy.replicate, world_size // strategy.replicate
+    shard = world_size if strategy.shard == "auto" else strategy.shard
+    return world_size // shard, shard
+
+
+def _product(strategy: StrategyConfig, world_size: int, ranks: str) -> list[tuple[str, str]]:
+    degrees = {"replicate": strategy.replicate, "shard": strategy.shard}
+    equation = "strategy: fsdp " + " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())
+    given = {axis: degree for axis, degree in degrees.items() if degree != "auto"}
+    product = math.prod(given.values())
+    if product == world_size or (len(given) < 2 and world_size % product == 0):
+        return []
+    axis, degree = next(iter(given.items()))
+    if len(given) == 2:
+        unit = "rank" if product == 1 else "ranks"
+        return [(f"{KEY}.{axis}", f"{equation} = {product} {unit}, but {ranks}. {_fitting(given, world_size)}")]
+    divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+    found = f"{equation}: {degree} does not divide {ranks} ranks."
+    return [(f"{KEY}.{axis}", f"{found} Set {axis} to one of {divisors}, or leave it out.")]
+
+
+def _fitting(degrees: Mapping[str, int], world_size: int) -> str:
+    """Which one degree to change, the other as it is; where neither divides the ranks, what to leave to auto."""
+    for axis, other in (("replicate", "shard"), ("shard", "replicate")):
+        if world_size % degrees[other] == 0:
+            return f"Set {axis}: {world_size // degrees[other]}, or leave it out."
+    return f"Neither divides {world_size}: leave both out, or set one that does."
 
 
 def _degree(strategy: StrategyConfig, axis: str, world_size: int, ranks: str) -> list[tuple[str, str]]:

@@ -78,7 +78,11 @@ class GradientSync(Protocol):
 
     def begin(self, *, last: bool) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> bool:
+        """Whether this rank has to ask the others which parameters took part; `drop_unused` where any rank has to."""
+
+    def drop_unused(self) -> None:
+        """A parameter that took part on no rank keeps no gradient, as in one process. Collective."""
 
     def zero(self) -> None: ...
 
@@ -106,7 +110,7 @@ class Strategy(Protocol):
     def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
         """Everything that speaks against it, in words; empty where it can start."""
 
-    def predict(self, model: ModelSpec, topology: Topology) -> Prediction: ...
+    def predict(self, model: ModelSpec, config: StrategyConfig, topology: Topology) -> Prediction: ...
 
     def materialize(
         self,

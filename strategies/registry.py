@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
+from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.protocol import ModelSpec, Strategy, Topology
 
 _STRATEGIES = {
@@ -25,7 +26,7 @@ def choose(model: ModelSpec, topology: Topology, device_memory_bytes: int) -> tu
     """The name that `strategy: auto` stands for, and why, in one sentence."""
     if topology.world_size == 1:
         return "single", "one rank"
-    need = get_strategy("ddp").predict(model, topology).total
+    need = get_strategy("ddp").predict(model, StrategyConfig(name="ddp"), topology).total
     room = int(device_memory_bytes * STATES_SHARE)
     sizes = f"{_gib(need)} of parameters, gradients and optimizer state a rank"
     limit = f"{_gib(room)} ({STATES_SHARE:.0%} of {_gib(device_memory_bytes)})"

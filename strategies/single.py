@@ -19,7 +19,10 @@ class LocalGradients:
     def begin(self, *, last: bool) -> None:
         pass
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
+        return False
+
+    def drop_unused(self) -> None:
         pass
 
     def zero(self) -> None:
@@ -40,7 +43,7 @@ class Single:
             f"single is one rank, but the job has {topology.world_size}. Use ddp or fsdp, or one node and process.",
         )
 
-    def predict(self, model: ModelSpec, topology: Topology) -> Prediction:
+    def predict(self, model: ModelSpec, config: StrategyConfig, topology: Topology) -> Prediction:
         return whole_model(model)
 
     def materialize(

@@ -39,7 +39,10 @@ def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: Ste
     """
     wrapped.sync.zero()
     loss_sum, true_count, bad = _accumulate(wrapped, micro_batches, options)
-    loss_sum, true_count, num_bad = options.all_reduce([loss_sum, true_count, float(bad is not None)])
+    unused = wrapped.sync.finish()
+    loss_sum, true_count, num_bad, num_unused = options.all_reduce(
+        [loss_sum, true_count, float(bad is not None), float(unused)]
+    )
     if not true_count:
         raise UsageError(
             "count: the counts of this step's micro-batches add up to 0 over all ranks: nothing to take a mean over"
@@ -50,6 +53,8 @@ def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: Ste
         raise NonFinite("loss", loss, here=bad is not None, indices=bad.indices if bad else ())
 
     options.on_phase("optimizer")
+    if num_unused:
+        wrapped.sync.drop_unused()
     gradients = [p.grad for group in wrapped.optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Where the loss says itself what it is a mean over, C was only a guess: put it right once, on the sums.
     correction = _divisor(options) / true_count
@@ -84,7 +89,6 @@ def _accumulate(
         (total / _divisor(options)).backward()  # type: ignore[no-untyped-call]
         sums.append(total.detach().double())
         true_count += count
-    wrapped.sync.finish()
     values = torch.stack(sums).tolist()
     bad = next((m for m, value in zip(micro_batches, values, strict=True) if not math.isfinite(value)), None)
     return math.fsum(values) if bad is None else math.nan, true_count, bad
@@ -110,17 +114,25 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _global_norm(gradients: Iterable[Tensor], options: StepOptions) -> float:
     """The 2-norm over all axes; a replicated or tied gradient counts once."""
-    replicated: list[Tensor] = []
-    sharded: list[Tensor] = []
+    whole: list[Tensor] = []  # the same on every rank
+    shards: list[Tensor] = []
+    copies: list[Tensor] = []  # shards that another rank counts
     for gradient in gradients:
-        (sharded if isinstance(gradient, DTensor) else replicated).append(_local(gradient))
-    norm = float(torch.nn.utils.get_total_norm(replicated)) if replicated else 0.0
-    if not sharded:
+        kind = whole if not isinstance(gradient, DTensor) else shards if _is_first_copy(gradient) else copies
+        kind.append(_local(gradient))
+    norm = float(torch.nn.utils.get_total_norm(whole)) if whole else 0.0
+    if not shards and not copies:
         return norm
-    # The world is one sharding axis here; with more axes each would be summed over its own.
-    local = float(torch.nn.utils.get_total_norm(sharded))
+    local = float(torch.nn.utils.get_total_norm(shards)) if shards else 0.0
     (square,) = options.all_reduce([local * local])
     return math.sqrt(norm * norm + square)
+
+
+def _is_first_copy(tensor: DTensor) -> bool:
+    """Whether this rank is the first along every mesh axis over which `tensor` is replicated."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return all(c == 0 for c, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate())
 
 
 def _clip_coefficient(norm: float, limit: float | None) -> float:

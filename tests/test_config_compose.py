@@ -20,7 +20,7 @@ from dtrain.launcher.plan import make_plan
 from dtrain.launcher.topology import NodeShape, shape_nodes
 from dtrain.runtime.config import Interval, OptimizerConfig, ParamGroup, Target, parse_interval, read_run_config
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.layout import check_layout
+from dtrain.strategies.layout import check_layout, fsdp_degrees
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -214,11 +214,39 @@ def test_a_key_that_an_older_version_did_not_have_is_no_difference() -> None:
         (StrategyConfig(name="ddp", replicate=3, shard=2), 2, 2, ["strategy.replicate", "strategy.shard"]),
         (StrategyConfig(name="fsdp", shard=4), 4, 1, []),
         (StrategyConfig(name="fsdp", shard=8), 2, 2, ["strategy.shard"]),
-        (StrategyConfig(name="fsdp", shard=2, replicate=2), 2, 2, ["strategy.shard", "strategy.replicate"]),
+        (StrategyConfig(name="fsdp", shard=2, replicate=2), 2, 2, []),
+        (StrategyConfig(name="fsdp", replicate=2), 3, 2, []),
+        (StrategyConfig(name="fsdp", shard=2), 3, 2, []),
+        (StrategyConfig(name="fsdp", shard=2, replicate=2), 3, 2, ["strategy.replicate"]),
+        (StrategyConfig(name="fsdp", replicate=4), 3, 2, ["strategy.replicate"]),
     ],
 )
 def test_layouts(strategy: StrategyConfig, nodes: int, procs: int, keys: list[str]) -> None:
     assert [key for key, _ in check_layout(strategy, nodes, procs)] == keys
+
+
+@pytest.mark.parametrize(
+    ("degrees", "words"),
+    [
+        ((3, 2), "fsdp replicate 3 x shard 2 = 6 ranks, but 2 nodes x 2 = 4. Set replicate: 2, or leave it out."),
+        ((2, 3), "fsdp replicate 2 x shard 3 = 6 ranks, but 2 nodes x 2 = 4. Set shard: 2, or leave it out."),
+        ((3, 3), "fsdp replicate 3 x shard 3 = 9 ranks, but 2 nodes x 2 = 4. Neither divides 4"),
+        (
+            (3, "auto"),
+            "fsdp replicate 3 x shard auto: 3 does not divide 2 nodes x 2 = 4 ranks. Set replicate to one of 1,",
+        ),
+    ],
+)
+def test_a_wrong_product_is_told_as_an_equation(degrees: tuple[Any, Any], words: str) -> None:
+    strategy = StrategyConfig(name="fsdp", replicate=degrees[0], shard=degrees[1])
+    ((_, message),) = check_layout(strategy, 2, 2)
+    assert words in message
+
+
+def test_a_copy_of_the_model_is_cut_over_what_is_left() -> None:
+    cases = {("auto", "auto"): (1, 6), (2, "auto"): (2, 3), ("auto", 2): (3, 2), (6, 1): (6, 1)}
+    for (replicate, shard), wanted in cases.items():
+        assert fsdp_degrees(StrategyConfig(name="fsdp", replicate=replicate, shard=shard), 6) == wanted
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ CASES = [
          overrides=("extends=mine.yaml",)),
     # sections that do not fit together
     _one("layout of fsdp", 5, "strategy.shard",
-         "strategy: fsdp shard 3 = 3 ranks, but 2 nodes x 2 = 4. Set shard: 4, or leave it out.",
+         "fsdp replicate auto x shard 3: 3 does not divide 2 nodes x 2 = 4 ranks. Set shard to one of 1, 2, 4",
          "strategy: {name: fsdp, shard: 3}", "cluster: {nodes: 2, procs_per_node: 2}"),
     _one("layout of single", 5, "strategy", "single = 1 rank, but 2 nodes x 1 = 2", "strategy: single",
          "cluster: {nodes: 2}"),
