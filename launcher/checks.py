@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dtrain.launcher.nodechecks import check_nodes
 from dtrain.launcher.topology import shape_nodes
 from dtrain.runtime.config import CheckpointConfig, DataConfig, ScheduleConfig, Target, TrainConfig
 from dtrain.runtime.tracking.feed import PACKAGES
+from dtrain.strategies.caps import CAPS, refused
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.layout import check_layout
 
@@ -41,6 +43,11 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
     def check_cluster(strategy: StrategyConfig, cluster: ClusterConfig) -> Found:
         return _cluster(strategy, cluster, gpus, cores)
 
+    def check_computing(train: TrainConfig, strategy: StrategyConfig, cluster: ClusterConfig) -> Found:
+        return _computing(
+            train, strategy, "cuda" if shape_nodes(cluster, gpus=gpus, cores=cores).gpus_per_node else "cpu"
+        )
+
     checks: tuple[tuple[tuple[str, ...], Callable[..., Found]], ...] = (
         (("train", "data"), _batches),
         (("train", "schedule"), _schedule),
@@ -48,6 +55,7 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         (("data", "loss", "loss_closure", "metrics"), _closure),
         (("strategy", "cluster"), check_cluster),
         (("cluster",), check_nodes),
+        (("train", "strategy", "cluster"), check_computing),
         (("run_dir", "checkpoint"), _places),
         (("track",), _trackers),
     )
@@ -138,6 +146,25 @@ def _trackers(track: tuple[str, ...]) -> Found:
             yield f"track.{index}", f"{name} is not installed here. pip install 'dtrain[{extra}]', or leave it out."
         if name in track[:index]:
             yield f"track.{index}", f"{name} is there twice. Leave one out."
+
+
+def _computing(train: TrainConfig, strategy: StrategyConfig, device_type: str) -> Found:
+    if strategy.name in CAPS:  # `auto` chooses one that can
+        problems = refused(
+            strategy.name,
+            CAPS[strategy.name],
+            device_type=device_type,
+            precision=train.precision,
+            checkpointing=train.activation_checkpointing != "none",
+            compiled=train.compile,
+        )
+        yield from (("strategy", f"{problem}.") for problem in problems)
+    compiler = os.environ.get("CXX", "g++")  # as torch looks for it; the nodes are asked again
+    if train.compile and device_type == "cpu" and shutil.which(compiler) is None:
+        yield (
+            "train.compile",
+            f"needs a C++ compiler on a CPU, and {compiler} is not on this machine. Install it, set CXX, or set false.",
+        )
 
 
 def _places(run_dir: str, checkpoint: CheckpointConfig) -> Found:

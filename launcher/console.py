@@ -79,6 +79,8 @@ def metric_line(record: Mapping[str, Any], steps: int | None, eta_s: float | Non
         parts.append(f"loss {number(record, 'loss')}")
     if isinstance(record.get("lr"), int | float):
         parts.append(f"lr {record['lr']:.1e}")
+    if record.get("skipped"):
+        parts.append(f"skipped: fp16 overflowed at loss scale {record.get('loss_scale')}")
     if speed := throughput(record):
         parts.append(speed)
     if eta_s is not None and record["step"] != steps:

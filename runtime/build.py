@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from torch import nn
 
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
-from dtrain.runtime.config import OptimizerConfig, RunConfig
+from dtrain.runtime.config import OptimizerConfig, RunConfig, TrainConfig
 from dtrain.runtime.data import seed_everything
 from dtrain.runtime.hfnames import Translate, names_from_files
 from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.ranks import Ranks
+from dtrain.strategies.caps import Caps, refused
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.forwards import prepare_compiler, prepare_forwards
+from dtrain.strategies.layout import describe_copies
+from dtrain.strategies.lossscale import LossScale
 from dtrain.strategies.protocol import ModelSpec, Topology, Wrapped
 from dtrain.strategies.registry import choose, get_strategy
 from dtrain.strategies.state import DTYPES, persistent_buffers
@@ -34,6 +38,7 @@ class Chosen:
     why: str
     num_parameters: int
     names_from_files: Translate  # of the plain model: pretrained.py's, once it has been spread
+    copies: str  # of a model that is cut, in words; "" where there is one, or none is cut
 
 
 def build_model(config: ModelConfig, seed: int) -> nn.Module:
@@ -105,18 +110,37 @@ def build(config: RunConfig, strategy_config: StrategyConfig, ranks: Ranks, node
     problems = [*strategy.check(strategy_config, topology), *_unfit(strategy.caps, config, ranks.device.type, name)]
     if problems:
         raise UsageError("\n".join(f"strategy: {problem}" for problem in problems))
+    _prepare(model, config.train, strategy_config, topology)
     wrapped = strategy.materialize(
         model, lambda m: make_optimizer(config.optimizer, m), strategy_config, topology, ranks.device
     )
-    return wrapped, Chosen(strategy=name, why=why, num_parameters=spec.num_parameters, names_from_files=from_files)
+    if config.train.precision == "fp16":
+        wrapped = replace(wrapped, loss_scale=LossScale())
+    copies = describe_copies(strategy_config, nodes, ranks.world_size) if name == "fsdp" else ""
+    chosen = Chosen(
+        strategy=name, why=why, num_parameters=spec.num_parameters, names_from_files=from_files, copies=copies
+    )
+    return wrapped, chosen
 
 
-def _unfit(caps: Any, config: RunConfig, device_type: str, name: str) -> Sequence[str]:
-    problems = []
-    if device_type not in caps.devices:
-        problems.append(f"{name} does not run on {device_type}")
-    if config.train.precision not in caps.precisions:
-        problems.append(f"{name} does not compute in {config.train.precision}")
+def _prepare(model: nn.Module, train: TrainConfig, strategy: StrategyConfig, topology: Topology) -> None:
+    """Raises UsageError."""
+    checkpointing = train.activation_checkpointing == "full"
+    if train.compile:
+        prepare_compiler(topology.device_type, topology.world_size // topology.nodes)
+    if checkpointing or train.compile:
+        prepare_forwards(model, units(model, strategy.wrap), checkpointing=checkpointing, compiled=train.compile)
+
+
+def _unfit(caps: Caps, config: RunConfig, device_type: str, name: str) -> Sequence[str]:
+    problems = refused(
+        name,
+        caps,
+        device_type=device_type,
+        precision=config.train.precision,
+        checkpointing=config.train.activation_checkpointing != "none",
+        compiled=config.train.compile,
+    )
     optimizer = targets.resolve(config.optimizer.target.target)
     whole = getattr(optimizer, "elementwise", optimizer.__name__ not in _NOT_ELEMENTWISE) is False
     if caps.elementwise_optimizer and whole:

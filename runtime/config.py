@@ -154,8 +154,26 @@ class TrainConfig:
     seed: int = field(
         default=0, metadata={"doc": "initial weights, sample order and random numbers follow from it", "min": 0}
     )
-    precision: Literal["fp32", "bf16"] = field(
-        default="fp32", metadata={"doc": "bf16: autocast for the forward, parameters and optimizer state stay fp32"}
+    precision: Literal["fp32", "bf16", "fp16"] = field(
+        default="fp32",
+        metadata={
+            "doc": "bf16, fp16: autocast for the forward, parameters and optimizer state stay fp32; "
+            "fp16 with dynamic loss scaling: a step that overflows is skipped"
+        },
+    )
+    activation_checkpointing: Literal["none", "full"] = field(
+        default="none",
+        metadata={
+            "doc": "full: of each unit (see strategy.wrap) only its input is kept for the backward, which computes the "
+            "rest again: less memory, about a third more computing, the same numbers"
+        },
+    )
+    compile: bool = field(
+        default=False,
+        metadata={
+            "doc": "torch.compile for each unit (see strategy.wrap), or the whole model where it has none; "
+            "on a CPU it needs a C++ compiler"
+        },
     )
     clip_grad_norm: float | None = field(
         default=None, metadata={"doc": "the global gradient norm is clipped to this", "min": 0.0}

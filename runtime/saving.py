@@ -20,6 +20,10 @@ from dtrain.strategies.protocol import Wrapped
 from dtrain.strategies.state import canonical_state, load_canonical
 
 
+# Of the JSON state; what is left says where the data were.
+_NOT_PLACE = ("step", "optimizer", "early_stop", "loss_scale")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     step: int
@@ -63,7 +67,10 @@ class CheckpointSaves:
         """Returns when the state has been copied: training may go on."""
         self._settle(last=False)
         specs, local, values = canonical_state(self._wrapped.module, self._wrapped.optimizer, self._world_size)
-        self._checkpointer.save(step, specs, local, {**state, "step": step, "optimizer": values})
+        mine: dict[str, Any] = {"step": step, "optimizer": values}
+        if self._wrapped.loss_scale:
+            mine["loss_scale"] = self._wrapped.loss_scale.state()
+        self._checkpointer.save(step, specs, local, {**state, **mine})
         self._last = self._clock()
 
     def wait(self) -> None:
@@ -99,9 +106,11 @@ def restore(storage: Storage, step: int, attempt: int, wrapped: Wrapped, ranks: 
         ),
         ranks.world_size,
     )
+    if wrapped.loss_scale and "loss_scale" in state:  # it may have been saved in another precision
+        wrapped.loss_scale.load(state["loss_scale"])
     return Restored(
         step=step,
-        place={key: value for key, value in state.items() if key not in ("step", "optimizer", "early_stop")},
+        place={key: value for key, value in state.items() if key not in _NOT_PLACE},
         world_size=manifest.world_size,
         strategy=str(manifest.strategy.get("name")),
         early_stop=state.get("early_stop"),

@@ -162,7 +162,10 @@ def _own_loss(output: Any) -> Any:
     return value
 
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(precision: str, device: torch.device, *, cache: bool) -> Callable[[], Any]:
     """A context maker for the forward. fp32 computes as the tensors are."""
-    enabled = precision == "bf16"
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cache)
+    dtype = _AUTOCAST.get(precision)
+    return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache)

@@ -144,6 +144,8 @@ def _record(
         "step_s": round(step_s, 6),
         "memory_bytes": _peak_memory(job.ranks.device),
     }
+    if result.loss_scale is not None:
+        record |= {"loss_scale": result.loss_scale, **({"skipped": True} if result.skipped else {})}
     tokens = [count_tokens(micro.batch) for micro in micro_batches if micro.weight]
     samples = sum(micro.weight for micro in micro_batches)
     if tokens and all(tokens) and samples:  # every rank's samples look alike

@@ -274,14 +274,23 @@ def describe(config: RunConfig, chosen: Chosen, data_lines: list[str], env: Work
     num_frozen = sum(parameter.numel() for parameter in wrapped.module.parameters() if not parameter.requires_grad)
     frozen = f" ({num_frozen:,} frozen)" if num_frozen else ""
     lines = [
-        f"model     {chosen.num_parameters:,} parameters{frozen}, {config.train.precision}",
-        f"strategy  {chosen.strategy} over {env.world_size} x {device} ({chosen.why})",
+        f"model     {chosen.num_parameters:,} parameters{frozen}, {', '.join(_computing(config))}",
+        f"strategy  {chosen.strategy} over {env.world_size} x {device}{chosen.copies} ({chosen.why})",
         f"batch     {batch} samples a step, up to {each} a rank{accumulation}",
         *data_lines,
     ]
     if has_batch_statistics(wrapped.module):
         lines.append("note      batch-norm statistics are those of rank 0's samples: the curve depends on the layout")
     return lines
+
+
+def _computing(config: RunConfig) -> list[str]:
+    """In what numbers and how the forward computes."""
+    train = config.train
+    words: list[str] = [train.precision]
+    if train.activation_checkpointing != "none":
+        words.append(f"activation checkpointing {train.activation_checkpointing}")
+    return [*words, "compiled"] if train.compile else words
 
 
 def _report_failure(error: BaseException, report: Reporter) -> int:

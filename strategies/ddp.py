@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.cluster.errors import UsageError
+from dtrain.strategies.caps import CAPS
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, whole_model
+from dtrain.strategies.protocol import MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, whole_model
 
 BUCKET_BYTES = 25 << 20  # DDP's default; the first bucket is small so that communication starts early
 FIRST_BUCKET_BYTES = 1 << 20
@@ -137,7 +138,7 @@ def _split(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 class Ddp:
     name = "ddp"
-    caps = Caps(devices=frozenset({"cpu", "cuda"}), precisions=frozenset({"fp32", "bf16"}))
+    caps = CAPS["ddp"]
 
     def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
         return ()

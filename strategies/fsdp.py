@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dtrain.cluster.errors import UsageError
+from dtrain.strategies.caps import CAPS
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.layout import check_layout, fsdp_degrees
-from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
+from dtrain.strategies.protocol import MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
 from dtrain.strategies.units import units
 
 
@@ -126,7 +127,7 @@ def _mesh(config: StrategyConfig, world_size: int, device: torch.device) -> Devi
 
 class Fsdp:
     name = "fsdp"
-    caps = Caps(devices=frozenset({"cpu", "cuda"}), precisions=frozenset({"fp32", "bf16"}), elementwise_optimizer=True)
+    caps = CAPS["fsdp"]
 
     def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
         return [message for _, message in check_layout(config, topology.nodes, topology.world_size // topology.nodes)]

@@ -37,6 +37,15 @@ def fsdp_degrees(strategy: StrategyConfig, world_size: int) -> tuple[int, int]:
     return world_size // shard, shard
 
 
+def describe_copies(strategy: StrategyConfig, nodes: int, world_size: int) -> str:
+    """ ", 2 copies, each cut over 4 ranks of a node", where a layout has several copies that are cut; else ""."""
+    replicate, shard = fsdp_degrees(strategy, world_size)
+    if 1 in (replicate, shard):
+        return ""
+    inside = (world_size // nodes) % shard == 0
+    return f", {replicate} copies, each cut over {shard} ranks {'of a node' if inside else 'across nodes'}"
+
+
 def _product(strategy: StrategyConfig, world_size: int, ranks: str) -> list[tuple[str, str]]:
     degrees = {"replicate": strategy.replicate, "shard": strategy.shard}
     equation = "strategy: fsdp " + " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())

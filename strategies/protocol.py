@@ -11,21 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dtrain.strategies.caps import Caps
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.lossscale import LossScale
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caps:
-    """What a strategy can do: asked before anything starts."""
-
-    devices: frozenset[str]  # "cpu", "cuda"
-    precisions: frozenset[str]  # "fp32", "bf16"
-    needs: tuple[str, ...] = ()  # packages besides torch
-    elementwise_optimizer: bool = False  # true: an optimizer sees only a part of a tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +89,7 @@ class Wrapped:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     sync: GradientSync
+    loss_scale: LossScale | None = None  # with fp16
 
 
 class MakeOptimizer(Protocol):
@@ -137,8 +130,14 @@ class MicroBatch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     loss: float  # mean over the global batch, before the update
-    grad_norm: float  # global norm, before clipping
+    grad_norm: float | None  # global norm, before clipping; None for a skipped step
     count: float  # over all ranks
+    loss_scale: float | None = None  # that this step was computed with
+
+    @property
+    def skipped(self) -> bool:
+        """fp16 overflowed: no update was applied."""
+        return self.grad_norm is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dtrain.strategies.caps import CAPS
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.protocol import Caps, MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, whole_model
+from dtrain.strategies.protocol import MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, whole_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class LocalGradients:
 
 class Single:
     name = "single"
-    caps = Caps(devices=frozenset({"cpu", "cuda"}), precisions=frozenset({"fp32", "bf16"}))
+    caps = CAPS["single"]
 
     def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
         if topology.world_size == 1:

@@ -21,24 +21,35 @@ from dtrain.strategies.protocol import MicroBatch, StepOptions, StepResult, Wrap
 class NonFinite(ArithmeticError):
     """The loss or the gradient norm of a step is not finite; the update has not been applied.
 
-    `here` says whether this rank's own samples gave it: the others are not to blame.
+    `here` says whether this rank's own samples gave it: the others are not to blame. `scale`: fp16's, when it gave up.
     """
 
-    def __init__(self, what: str, value: float, *, here: bool, indices: tuple[int, ...]) -> None:
+    def __init__(
+        self, what: str, value: float, *, here: bool, indices: tuple[int, ...], scale: float | None = None
+    ) -> None:
         samples = f" Samples of the first such micro-batch on this rank: {list(indices[:16])}." if indices else ""
-        super().__init__(f"{what} is {value}: the update was not applied.{samples}")
+        scaled = (
+            f" So it was in the steps before, down to a loss scale of {scale:g}: fp16 does not hold this model's "
+            "numbers. Set train.precision: bf16 or fp32, or a lower learning rate."
+            if scale
+            else ""
+        )
+        super().__init__(f"{what} is {value}: the update was not applied.{samples}{scaled}")
         self.what = what
         self.value = value
         self.here = here
+        self.indices = indices
 
 
 def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: StepOptions) -> StepResult:
     """Forward and backward of every micro-batch, exact mean, clip, update. Collective.
 
-    Raises NonFinite on every rank together, before the update.
+    Raises NonFinite on every rank together, before the update. With fp16 such a step is skipped instead, on every rank,
+    until its loss scale says that there is no hope.
     """
     wrapped.sync.zero()
-    loss_sum, true_count, bad = _accumulate(wrapped, micro_batches, options)
+    divisor = _divisor(wrapped, options)
+    loss_sum, true_count, bad = _accumulate(wrapped, micro_batches, options, divisor)
     unused = wrapped.sync.finish()
     loss_sum, true_count, num_bad, num_unused = options.all_reduce(
         [loss_sum, true_count, float(bad is not None), float(unused)]
@@ -49,28 +60,47 @@ def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: Ste
         )
     loss = loss_sum / true_count
     if num_bad:
-        wrapped.sync.zero()
-        raise NonFinite("loss", loss, here=bad is not None, indices=bad.indices if bad else ())
+        error = NonFinite("loss", loss, here=bad is not None, indices=bad.indices if bad else ())
+        return _skip(wrapped, loss, true_count, error)
 
     options.on_phase("optimizer")
     if num_unused:
         wrapped.sync.drop_unused()
     gradients = [p.grad for group in wrapped.optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Where the loss says itself what it is a mean over, C was only a guess: put it right once, on the sums.
-    correction = _divisor(options) / true_count
+    correction = divisor / true_count
     norm = _global_norm(gradients, options) * correction
     if not math.isfinite(norm):
-        wrapped.sync.zero()
-        raise NonFinite("gradient norm", norm, here=True, indices=())
-    scale = correction * _clip_coefficient(norm, options.clip_grad_norm)
-    if scale != 1.0 and gradients:
-        torch._foreach_mul_([_local(g) for g in gradients], scale)
+        return _skip(wrapped, loss, true_count, NonFinite("gradient norm", norm, here=True, indices=()))
+    factor = correction * _clip_coefficient(norm, options.clip_grad_norm)
+    if factor != 1.0 and gradients:
+        torch._foreach_mul_([_local(g) for g in gradients], factor)
     wrapped.optimizer.step()
-    return StepResult(loss=loss, grad_norm=norm, count=true_count)
+    return _done(wrapped, loss, norm, true_count)
+
+
+def _done(wrapped: Wrapped, loss: float, norm: float | None, count: float) -> StepResult:
+    """The result of a step, and the next one's loss scale."""
+    scale = wrapped.loss_scale
+    used = scale.value if scale else None
+    if scale:
+        scale.update(finite=norm is not None)
+    return StepResult(loss=loss, grad_norm=norm, count=count, loss_scale=used)
+
+
+def _skip(wrapped: Wrapped, loss: float, count: float, error: NonFinite) -> StepResult:
+    """No update. Raises `error` where no smaller loss scale can help."""
+    wrapped.sync.zero()
+    if wrapped.loss_scale is None:
+        raise error
+    result = _done(wrapped, loss, None, count)
+    if wrapped.loss_scale.hopeless:
+        raise NonFinite(error.what, error.value, here=error.here, indices=error.indices, scale=result.loss_scale)
+    return result
 
 
 def _accumulate(
-    wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: StepOptions
+    wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: StepOptions, divisor: float
 ) -> tuple[float, float, MicroBatch | None]:
     """This rank's sum of losses and counts, and its first micro-batch whose loss was not finite."""
     sums: list[Tensor] = []
@@ -86,7 +116,7 @@ def _accumulate(
         if micro.weight == 0 or not count:
             total, count = _silenced(output, total), 0.0
         options.on_phase("backward")
-        (total / _divisor(options)).backward()  # type: ignore[no-untyped-call]
+        (total / divisor).backward()  # type: ignore[no-untyped-call]
         sums.append(total.detach().double())
         true_count += count
     values = torch.stack(sums).tolist()
@@ -94,9 +124,10 @@ def _accumulate(
     return math.fsum(values) if bad is None else math.nan, true_count, bad
 
 
-def _divisor(options: StepOptions) -> float:
-    """C. A guess of 0 that the loss then contradicts is as good as any other guess."""
-    return options.total_count or 1.0
+def _divisor(wrapped: Wrapped, options: StepOptions) -> float:
+    """C, over the loss scale. A guess of 0 that the loss then contradicts is as good as any other guess."""
+    count = options.total_count or 1.0
+    return count / wrapped.loss_scale.value if wrapped.loss_scale else count
 
 
 def _silenced(output: object, total: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ TORCH_FREE = [
     "launcher*",
     "strategies.config",
     "strategies.boxes",
+    "strategies.caps",
     "strategies.layout",
     "runtime.config",
     "runtime.agent*",

@@ -244,7 +244,7 @@ def test_a_wrong_product_is_told_as_an_equation(degrees: tuple[Any, Any], words:
 
 
 def test_a_copy_of_the_model_is_cut_over_what_is_left() -> None:
-    cases = {("auto", "auto"): (1, 6), (2, "auto"): (2, 3), ("auto", 2): (3, 2), (6, 1): (6, 1)}
+    cases: dict[tuple[Any, Any], tuple[int, int]] = {("auto", "auto"): (1, 6), (2, "auto"): (2, 3), ("auto", 2): (3, 2)}
     for (replicate, shard), wanted in cases.items():
         assert fsdp_degrees(StrategyConfig(name="fsdp", replicate=replicate, shard=shard), 6) == wanted
 

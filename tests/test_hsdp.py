@@ -14,7 +14,8 @@ import pytest
 from cases import PARITY, Run, events, losses, metrics, numbers, prepare, rank_runner, worst_difference
 from parity import TOLERANCE
 
-HSDP = "strategy={name: fsdp, replicate: 2}"
+HSDP = "{name: fsdp, replicate: 2}"
+FOUR = "cluster.procs_per_node=4"  # what the check of the layout counts; the ranks here are the test's
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -35,7 +36,9 @@ def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_by_two(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = prepare(tmp_path_factory.mktemp("hsdp") / "run", HSDP, "checkpoint.every=10", "checkpoint.keep=null")
+    folder = prepare(
+        tmp_path_factory.mktemp("hsdp") / "run", f"strategy={HSDP}", FOUR, "checkpoint.every=10", "checkpoint.keep=null"
+    )
     assert run(folder, 4) == [0] * 4
     return folder
 
@@ -53,26 +56,25 @@ def test_the_copies_share_the_work_of_saving(two_by_two: Path) -> None:
     assert max(sizes) < 1.05 * min(sizes)
 
 
-@pytest.mark.parametrize(("then", "then_size"), [("ddp", 3), ("fsdp", 2), ("single", 1), (HSDP[9:], 4)])
+@pytest.mark.parametrize(("then", "then_size"), [("ddp", 3), (HSDP, 4)])
 def test_any_layout_continues_its_run(
     run: Run, reference: Path, two_by_two: Path, tmp_path: Path, then: str, then_size: int
 ) -> None:
-    folder = prepare(tmp_path / "run", f"strategy={then}", f"checkpoint.url={two_by_two / 'checkpoints'}")
+    more = [FOUR] if then == HSDP else []
+    folder = prepare(tmp_path / "run", f"strategy={then}", *more, f"checkpoint.url={two_by_two / 'checkpoints'}")
     shutil.copy(two_by_two / "metrics.jsonl", folder)
-    attempt = 2 + ["ddp", "fsdp", "single", HSDP[9:]].index(then)
+    attempt = 2 + ["ddp", HSDP].index(then)
     assert run(folder, then_size, attempt=attempt, resume=[10, 1]) == [0] * then_size
     assert worst_difference(losses(folder), losses(reference)) <= TOLERANCE["fp32"]
     if then_size == 4:
         assert numbers(folder) == numbers(two_by_two), "the same layout: the same bits"
 
 
-@pytest.mark.parametrize(("first", "first_size"), [("ddp", 2), ("fsdp", 3)])
-def test_it_continues_any_layouts_run(
-    run: Run, reference: Path, tmp_path: Path, first: str, first_size: int
-) -> None:
+@pytest.mark.parametrize(("first", "first_size"), [("single", 1), ("fsdp", 3)])
+def test_it_continues_any_layouts_run(run: Run, reference: Path, tmp_path: Path, first: str, first_size: int) -> None:
     before = prepare(tmp_path / "first", f"strategy={first}", "checkpoint.every=10", "checkpoint.keep=null")
     assert run(before, first_size) == [0] * first_size
-    folder = prepare(tmp_path / "second", HSDP, f"checkpoint.url={before / 'checkpoints'}")
+    folder = prepare(tmp_path / "second", f"strategy={HSDP}", FOUR, f"checkpoint.url={before / 'checkpoints'}")
     shutil.copy(before / "metrics.jsonl", folder)
     assert run(folder, 4, attempt=2, resume=[10, 1]) == [0] * 4
     (resumed,) = events(folder, "resumed")
@@ -86,7 +88,7 @@ def test_over_nodes(reference: Path, tmp_path: Path, nodes: int, procs: int) -> 
     config.write_text(json.dumps({**PARITY, "cluster": {"nodes": nodes, "procs_per_node": procs}}))
     shutil.copy(Path(__file__).parent / "assets" / "parity.py", tmp_path)
     command = [sys.executable, "-m", "dtrain.launcher.cli", "launch", "--run-dir", str(tmp_path / "run"), str(config)]
-    result = subprocess.run([*command, HSDP], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    result = subprocess.run([*command, f"strategy={HSDP}"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "2 copies, each cut over 2 ranks" in result.stdout
+    assert f"2 copies, each cut over 2 ranks {'of a node' if procs == 2 else 'across nodes'}" in result.stdout
     assert worst_difference(losses(tmp_path / "run"), losses(reference)) <= TOLERANCE["fp32"]

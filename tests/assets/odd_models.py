@@ -236,7 +236,7 @@ def full(parameter: Any) -> Tensor:
 
 def resume(
     ranks: Ranks, model: str, strategy: str, folder: str, optimizer: dict[str, Any], save: bool, parts: int = 2
-) -> list[list[float]]:
+) -> list[list[float | None]]:
     """Six steps. `save`: a checkpoint after the third. Else: a checkpoint of step 3 is loaded, and steps 4 to 6 follow.
     [[loss, norm], ...] of steps 4 to 6."""
     wrapped = make(ranks, model, strategy, [], optimizer)

@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+# How far the loss of any of 50 steps may be from one process's in the same precision, relative. fp32: sums in another
+# order. bf16 and fp16 round every product of the forward, eps = 2**-8 and 2**-11; which way depends on such sums too.
+TOLERANCE = {"fp32": 1e-6, "bf16": 2**-8, "fp16": 2**-11}
+
 
 class Block(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
