@@ -96,7 +96,7 @@ CASES = [
          "schedule: {name: cosine, min_ratio: 1.5}"),
     _one("not a number", 4, "train.clip_grad_norm", "found the number .nan",
          train="train: {steps: 9, clip_grad_norm: .nan}"),
-    _one("bad choice", 4, "train.precision", 'one of "fp32", "bf16", found the text "bf61". Did you mean bf16?',
+    _one("bad choice", 4, "train.precision", 'one of "fp32", "bf16", "fp16", found the text "bf61". Did you mean bf16?',
          train="train: {steps: 10, precision: bf61}"),
     _one("bad choice in short form", 5, "strategy.name", 'found the text "fsdb". Did you mean fsdp?', "strategy: fsdb"),
     _one("bad choice beside numbers", 5, "cluster.procs_per_node",
