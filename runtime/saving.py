@@ -19,7 +19,6 @@ from dtrain.runtime.report import Reporter
 from dtrain.strategies.protocol import Wrapped
 from dtrain.strategies.state import canonical_state, load_canonical
 
-
 # Of the JSON state; what is left says where the data were.
 _NOT_PLACE = ("step", "optimizer", "early_stop", "loss_scale")
 
