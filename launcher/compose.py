@@ -32,7 +32,7 @@ from dtrain.strategies.config import StrategyConfig
 # Another model, data, optimizer, loss, seed or batch is another training; everything else may change on the way.
 IDENTITY = {
     "model": ("model",),
-    "data": ("data.train", "data.collate", "data.forward", "data.shuffle"),
+    "data": ("data.train", "data.collate", "data.forward", "data.shuffle", "data.streams"),
     "optimizer": ("optimizer",),
     "loss": ("loss", "loss_closure"),
     "count": ("count",),

@@ -23,6 +23,7 @@ from dtrain.cluster.errors import Problem
 from dtrain.cluster.nodescript import checking_script
 from dtrain.cluster.zygote import Zygote, ZygoteError
 from dtrain.launcher.scriptcheck import check_script_runs
+from dtrain.runtime.config import STREAM_KEYWORDS
 from dtrain.runtime.scriptconfig import ScriptRunConfig
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class TargetCheck:
     num_positional: int
     instance: bool  # called many times, so a class is instantiated with the keywords alone
     settings: tuple[str, ...] = ()  # of an optimizer's groups
+    offered: tuple[str, ...] = ()  # keywords that the runtime adds where the signature has them
 
 
 def check_targets(
@@ -121,6 +123,7 @@ def target_checks(run: RunConfig) -> list[TargetCheck]:
             num_positional=num_positional,
             instance=instance,
             settings=tuple(settings) if key == "optimizer" else (),
+            offered=STREAM_KEYWORDS if key in ("data.train", "data.eval") else (),
         )
         for key, target, num_positional, instance in table
         if target is not None
@@ -134,6 +137,7 @@ def _as_json(check: TargetCheck) -> dict[str, Any]:
         "num_positional": check.num_positional,
         "instance": check.instance,
         "settings": check.settings,
+        "offered": check.offered,
     }
 
 
@@ -288,7 +292,7 @@ def _messages(check: Mapping[str, Any]) -> list[str]:
     from dtrain.runtime.targets import check_settings
 
     target = Target(target=check["target"], kwargs=dict.fromkeys(check["keywords"]))
-    found = check_call(target, check["num_positional"], instance=check["instance"])
+    found = check_call(target, check["num_positional"], instance=check["instance"], offered=check["offered"])
     return [message for message in (found, check_settings(target, check["settings"])) if message]
 
 

@@ -103,6 +103,7 @@ class Batches:
         self._count = count
         self._device = device
         self._marks: dict[int, str] = {}
+        workers = workers if source.max_loaders is None else min(workers, source.max_loaders)
         loader: DataLoader[Any] = DataLoader(
             cast(Any, _Reader(source)),
             batch_sampler=cast(Any, self._sampler()),
@@ -201,6 +202,8 @@ class Batches:
                 if interrupted():
                     return None
                 continue
+            if isinstance(batch, Interrupted):  # the stop came before its process was forked
+                return None
             if isinstance(batch, BaseException):
                 raise batch
             return batch

@@ -19,6 +19,7 @@ from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.targetconfig import Target as Target
 from dtrain.strategies.config import StrategyConfig
 
+STREAM_KEYWORDS = ("stream", "num_streams")  # given to a data set's target that has both
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 _UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -101,7 +102,9 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    train: Target = field(metadata={"doc": "callable -> map-style Dataset (`__len__`, `__getitem__`)"})
+    train: Target = field(
+        metadata={"doc": "callable -> map-style Dataset (`__len__`, `__getitem__`), IterableDataset or other iterable"}
+    )
     batch_size: int = field(
         metadata={"doc": "samples an optimizer step, over the whole job: the same at any world size", "min": 1}
     )
@@ -118,7 +121,28 @@ class DataConfig:
     workers: int = field(
         default=0, metadata={"doc": "loader processes a rank; 0: samples are read between steps", "min": 0}
     )
-    shuffle: bool = field(default=True, metadata={"doc": "a new order every epoch, a pure function of seed and epoch"})
+    shuffle: bool = field(
+        default=True,
+        metadata={
+            "doc": "a new order every epoch, a pure function of seed and epoch; "
+            "an iterable data set keeps the order that it gives"
+        },
+    )
+    streams: int = field(
+        default=1,
+        metadata={
+            "doc": "iterable data sets: parts that are read side by side and belong to the order of the samples, "
+            "like one a file; a multiple of the ranks, and each part is read once",
+            "min": 1,
+        },
+    )
+    resume: Literal["state", "skip", "restart"] = field(
+        default="state",
+        metadata={
+            "doc": "how an iterable data set is put back. state: by its `load_state_dict`; skip: what was used is read "
+            "again and dropped; restart: its epoch begins again, which is not exact"
+        },
+    )
 
 
 def check_metric_name(name: str) -> None:

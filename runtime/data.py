@@ -95,6 +95,7 @@ class Source(Protocol):
     copy of it has seen."""
 
     num_steps: int | None  # of one pass; None: nobody knows, or there is no end
+    max_loaders: int | None  # loader processes that are of use; None: any number
 
     def parts(self, step: int) -> Sequence[Any]:
         """What to ask for, one request a micro-batch, as many on every rank. Asked in the order of the steps."""
@@ -126,6 +127,7 @@ class MapSource:
     def __init__(self, dataset: Any, plan: Plan, *, seed: int, num_steps: int | None = None, key: str) -> None:
         """`key`: what the data set is called in messages."""
         self.num_steps = num_steps
+        self.max_loaders: int | None = None
         self._dataset = dataset
         self._plan = plan
         self._seed = seed

@@ -53,6 +53,21 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def gather(self, said: bytes) -> list[bytes]:
+        """What each rank says, in their order, on rank 0; nothing elsewhere. Collective."""
+        if self.world_size == 1:
+            return [said]
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.global_rank] = len(said)
+        dist.all_reduce(sizes)
+        padded = torch.frombuffer(bytearray(said.ljust(max(1, int(sizes.max())), b"\0")), dtype=torch.uint8)
+        if self.global_rank != 0:
+            dist.gather(padded)
+            return []
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.gather(padded, parts)
+        return [bytes(part[:size].tolist()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
 
 @contextlib.contextmanager
 def process_group(env: WorkerEnv) -> Iterator[Ranks]:

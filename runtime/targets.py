@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 import traceback
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from dtrain.cluster.configfile import nearest
@@ -37,9 +37,18 @@ def resolve(dotted: str) -> Any:
     return found
 
 
-def build(target: Target, *args: Any) -> Any:
-    """The target called with `args` and its keywords."""
-    return _callable(target)(*args, **target.kwargs)
+def build(target: Target, *args: Any, more: Mapping[str, Any] | None = None) -> Any:
+    """The target called with `args` and its keywords, and `more` of them."""
+    return _callable(target)(*args, **target.kwargs, **(more or {}))
+
+
+def takes(target: Target, keywords: Sequence[str]) -> bool:
+    """Whether the signature has all of `keywords` by name, and the config gives none of them."""
+    try:
+        parameters = inspect.signature(_callable(target)).parameters
+    except (UsageError, TypeError, ValueError):
+        return False
+    return all(name in parameters and name not in target.kwargs for name in keywords)
 
 
 def as_callable(target: Target) -> Callable[..., Any]:
@@ -53,10 +62,11 @@ def as_callable(target: Target) -> Callable[..., Any]:
     return functools.partial(found, **target.kwargs) if target.kwargs else found
 
 
-def check(target: Target, num_positional: int, *, instance: bool = False) -> str | None:
+def check(target: Target, num_positional: int, *, instance: bool = False, offered: Sequence[str] = ()) -> str | None:
     """What speaks against calling the target with its keywords after `num_positional` arguments; None: nothing known.
 
-    `instance`: as_callable() will be used, so a class is constructed with the keywords alone. Nothing is called here.
+    `instance`: as_callable() will be used, so a class is constructed with the keywords alone. `offered`: keywords that
+    the runtime adds for a target that takes() them. Nothing is called here.
     """
     try:
         found = _callable(target)
@@ -70,7 +80,8 @@ def check(target: Target, num_positional: int, *, instance: bool = False) -> str
         if not any("__call__" in vars(base) for base in found.__mro__):
             return f"{target.target}: an instance of it cannot be called. Give the class a __call__ method."
         num_positional = 0
-    faults = list(_signature_faults(signature, num_positional, target.kwargs))
+    added = dict.fromkeys(offered) if takes(target, offered) else {}
+    faults = list(_signature_faults(signature, num_positional, {**target.kwargs, **added}))
     return f"{target.target}{_shown(signature)}: {'; '.join(faults)}." if faults else None
 
 

@@ -99,7 +99,9 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
     restored = _restore(place, wrapped)
     weights = [] if restored else _initialize(config, place, wrapped, chosen)
     start_step = restored.step if restored else 0
-    source, data_lines = training_source(config, ranks, start_step, restored.place if restored else {})
+    source, data_lines = training_source(
+        config, ranks, start_step, restored.place if restored else {}, place.stop_requested
+    )
     if ranks.global_rank == 0:
         lines = [*describe(config, chosen, data_lines, env, wrapped), *weights]
         place.report.event("chosen", strategy=chosen.strategy, why=chosen.why, lines=lines)
@@ -175,7 +177,7 @@ def _evaluations(config: RunConfig, place: Place, parts: _Parts, restored: Resto
 
 
 def _evaluation(config: RunConfig, place: Place, parts: _Parts) -> Evaluation | None:
-    make_source = evaluation_source(config, place.ranks)
+    make_source = evaluation_source(config, place.ranks, place.stop_requested)
     if make_source is None:
         return None
     return Evaluation(
