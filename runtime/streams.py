@@ -118,7 +118,7 @@ def has_state(value: object) -> bool:
 
 
 class Stream:
-    """Reads one stream. `count` samples of it have been handed out since the run began."""
+    """Reads one stream, the `number`-th from 0. `count` samples of it have been handed out since the run began."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Stream:
         place = place or Place()
         self.count = count
         self._opener = opener
-        self._stream = stream
+        self.number = stream
         self._resume = resume
         self._stop_requested = stop_requested
         self._name = f"stream {stream} of {opener.key}"
@@ -162,7 +162,7 @@ class Stream:
         """Raises UsageError where neither the data set nor its iterator can say where it stands."""
         if self._resume != "state" or has_state(self._open()):
             return
-        seed_everything(self._opener.seed, 0x17E4, self._stream, self._epoch)
+        seed_everything(self._opener.seed, 0x17E4, self.number, self._epoch)
         with _seen(self._info):
             found = has_state(iter(self._data))
         if not found:
@@ -223,12 +223,12 @@ class Stream:
     def _next(self) -> Any:
         if self._iterator is None:
             self._begin()
-        seed_everything(self._opener.seed, 0x5A3F, self.count * self._opener.num_streams + self._stream)
+        seed_everything(self._opener.seed, 0x5A3F, self.count * self._opener.num_streams + self.number)
         try:
             with _seen(self._info):
                 sample = next(cast(Iterator[Any], self._iterator), _END)
         except Exception as error:
-            position = self.count * self._opener.num_streams + self._stream
+            position = self.count * self._opener.num_streams + self.number
             what = f"{self._name}, sample {self._offset} of its epoch {self._epoch} (position {position} of the run)"
             raise explain(what, error) from error
         if self._info is not None and not self._info.asked:
@@ -249,7 +249,7 @@ class Stream:
                 set_epoch(self._epoch)
             if saved is not None and saved.holder == "data set":
                 self._put_back(self._data, saved)
-            seed_everything(self._opener.seed, 0x17E4, self._stream, self._epoch)
+            seed_everything(self._opener.seed, 0x17E4, self.number, self._epoch)
             with _seen(self._info):
                 self._iterator = iter(self._data)
             if saved is not None and saved.holder == "iterator":
@@ -269,7 +269,7 @@ class Stream:
 
     def _open(self) -> Any:
         if self._data is None:
-            self._data, self._info = self._opener(self._stream)
+            self._data, self._info = self._opener(self.number)
         return self._data
 
     def _check_end(self) -> None:

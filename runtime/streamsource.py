@@ -182,8 +182,7 @@ class StreamPass:
         return [size * (part + 1) // parts - size * part // parts for part in range(parts)]
 
     def __getitems__(self, size: int) -> Portion:
-        samples: list[Any] = []
-        first = self._number
+        samples: dict[int, Any] = {}  # by position
         while len(samples) < size and self._streams:
             stream = self._streams.pop(0)
             found, sample = stream.read_pass()
@@ -192,10 +191,9 @@ class StreamPass:
             self._streams.append(stream)
             self._last = [sample]
             if self._number % self._ranks_together == self._turn:
-                samples.append(sample)
+                samples[(stream.count - 1) * self._dealing.num_streams + stream.number] = sample
             self._number += 1
-        indices = tuple(range(first, first + len(samples)))
-        return Portion(samples=samples or self._borrow(), weight=len(samples), indices=indices)
+        return Portion(samples=list(samples.values()) or self._borrow(), weight=len(samples), indices=tuple(samples))
 
     def place(self, step: int, mark: str) -> dict[str, Any]:
         return {}

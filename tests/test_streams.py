@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 LENGTHS = [5, 3, 8, 2, 6, 4, 7]
 KINDS = ["Files", "Sharded", "Rows"]
 Sample = tuple[int, ...]
-Seen = list[list[tuple[Sample, ...]]]  # of each step: the samples of the ranks together, sorted
+Seen = list[list[Sample]]  # of each step: the samples of the ranks together, sorted
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -99,7 +99,7 @@ class Job:
     def run(self, steps: int) -> Seen:
         return [self.one_step() for _ in range(steps)]
 
-    def one_step(self) -> list[tuple[Sample, ...]]:
+    def one_step(self) -> list[Sample]:
         self.step += 1
         seen: list[Any] = []
         forwards = set()
@@ -119,7 +119,7 @@ class Job:
         """As it comes out of a checkpoint: rank 0's word, when all others have spoken."""
         self.said = []
         places = [batches.place(self.step if step is None else step) for batches in reversed(self.batches)]
-        return cast(dict[str, Any], places[-1])
+        return places[-1]
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,8 @@ def test_a_killed_run_continues_with_the_same_bits(tmp_path: Path) -> None:
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ASSETS), "HOME": str(tmp_path)}
 
     def launch(run_dir: str, *more: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "dtrain.launcher.cli", "launch", "--run-dir", str(tmp_path / run_dir), config]
+        launcher = [sys.executable, "-m", "dtrain.launcher.cli", "launch"]
+        command = [*launcher, "--run-dir", str(tmp_path / run_dir), str(config)]
         return subprocess.Popen([*command, *more], env=environ, stdout=subprocess.DEVNULL, cwd=tmp_path)
 
     with launch("killed", data) as process:
