@@ -10,14 +10,16 @@ import contextlib
 import errno
 import itertools
 import os
+import stat
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import AlreadyExists, StorageError, UsageError
-from dtrain.cluster.storage import ObjectInfo
+from dtrain.cluster.storage import ObjectInfo, is_key
 
 _UPLOAD_MARK = ".upload-"
 _unique = itertools.count()
@@ -26,19 +28,26 @@ _unique = itertools.count()
 class FileStorage:
     """Objects are files under a root directory. Constructing and reading create nothing."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, retry_s: float = 0.0) -> None:
+        """`retry_s` is for stores behind a network: what a file system refuses it refuses again."""
         self.root = _root_of(url)
         self.url = self.root.as_uri()
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        with self.open_writer(key, len(data)) as writer:
-            writer.write(memoryview(data))
-            writer.commit()
+        with self._open_upload(key) as upload:
+            upload.write(memoryview(data))
+            upload.commit(replace=False)
 
-    def open_writer(self, key: str, size_bytes: int) -> FileWriter:
+    def upload(self, key: str, data: Iterable[memoryview], size_bytes: int) -> None:
+        with self._open_upload(key) as upload:
+            for part in data:
+                upload.write(part)
+            upload.commit(replace=True)
+
+    def _open_upload(self, key: str) -> _Upload:
         path = self._path(key)
         with _words(f"write {path}"):
-            return FileWriter(self.root, path)
+            return _Upload(self.root, path)
 
     def get(self, key: str) -> bytes:
         path = self._path(key)
@@ -59,6 +68,17 @@ class FileStorage:
                 f"but the file ends at {offset + done}. It was cut short after it was written."
             )
 
+    def stat(self, key: str) -> ObjectInfo | None:
+        path = self._path(key)
+        with _words(f"look at {path}"):
+            try:
+                status = os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime)
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         directory, _, _ = prefix.rpartition("/")
         start = self._path(directory) if directory else self.root
@@ -71,10 +91,13 @@ class FileStorage:
             raise StorageError(f"list_dirs: the prefix {prefix!r} must be empty or end in '/'")
         start = self._path(prefix[:-1]) if prefix else self.root
         names = [entry.name for entry in _scan(start) if entry.is_dir(follow_symlinks=False)]
-        return sorted(name for name in names if _is_key(name) and any(True for _ in self.list(f"{prefix}{name}/")))
+        return sorted(name for name in names if is_key(name) and any(True for _ in self.list(f"{prefix}{name}/")))
 
-    def delete(self, key: str) -> None:
-        path = self._path(key)
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            self._delete(self._path(key))
+
+    def _delete(self, path: Path) -> None:
         with _words(f"delete {path}"):
             try:
                 os.unlink(path)
@@ -96,8 +119,16 @@ class FileStorage:
                 _remove_empty(Path(path).parent, self.root)
         return count
 
+    def check_writable(self, timeout_s: float) -> None:
+        key = f"probe-{uuid.uuid4().hex}"
+        try:
+            self.put_if_absent(key, b"dtrain was here")
+            self.delete(key)
+        except StorageError as error:
+            raise UsageError(str(error)) from error
+
     def _path(self, key: str) -> Path:
-        if not _is_key(key):
+        if not is_key(key):
             raise StorageError(
                 f"{key!r} is not a key of {self.url}: keys are relative, their parts are not empty, "
                 "begin with no dot and hold no NUL"
@@ -105,8 +136,8 @@ class FileStorage:
         return self.root / key
 
 
-class FileWriter:
-    """An upload: a hidden file that commit() links to its name and abort() removes."""
+class _Upload:
+    """A hidden file that commit() gives its name and abort() removes."""
 
     def __init__(self, root: Path, path: Path) -> None:
         self._root = root
@@ -125,15 +156,24 @@ class FileWriter:
                 self._size += written
                 view = view[written:]
 
-    def commit(self) -> None:
+    def commit(self, *, replace: bool) -> None:
         try:
             with _words(f"write {self._path}"):
                 os.fsync(self._descriptor)
-                self._link()
+                if replace:
+                    self._rename()
+                else:
+                    self._link()
                 for directory in _up_to(self._path.parent, self._root):
                     _sync_dir(directory)
         finally:
             self.abort()
+
+    def _rename(self) -> None:
+        try:
+            os.rename(self._temporary, self._path)
+        except FileNotFoundError as error:
+            raise StorageError(f"can't commit {self._path}: its upload was removed while it was going on") from error
 
     def _link(self) -> None:
         try:
@@ -162,7 +202,7 @@ class FileWriter:
             os.unlink(self._temporary)
         _remove_empty(self._path.parent, self._root)
 
-    def __enter__(self) -> FileWriter:
+    def __enter__(self) -> _Upload:
         return self
 
     def __exit__(
@@ -184,10 +224,6 @@ def _root_of(url: str) -> Path:
     if not path or "\0" in path:
         raise UsageError(f"{url!r} names no directory")
     return Path(os.path.abspath(path))
-
-
-def _is_key(key: str) -> bool:
-    return "\0" not in key and all(part and not part.startswith(".") for part in key.split("/"))
 
 
 def _is_upload(path: str) -> bool:

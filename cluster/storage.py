@@ -3,20 +3,18 @@
 Promises that every store keeps, because the commit rule of checkpoints rests on them:
 - `put_if_absent` is atomic: of several callers exactly one succeeds, a reader sees all bytes or no object, and what
   was acknowledged survives a crash of the machine.
-- an object written through `Writer` does not exist under its name until `commit()`; `abort()` leaves nothing.
-- keys are relative, `/`-separated, and never leave the store's root.
+- an object that is being uploaded does not exist under its name until `upload` has all of it; one that fails or is
+  killed leaves nothing that can be seen.
+- keys are relative, `/`-separated, and never leave the store's root; a part that begins with a dot is the store's own.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, cast
 from urllib.parse import urlsplit
-
-from dtrain.cluster.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,31 +24,19 @@ class ObjectInfo:
     modified_at: float  # seconds since the epoch, by the store's clock
 
 
-class Writer(Protocol):
-    """A streaming upload of one object, parts in order. Used as a context manager: an exception aborts."""
-
-    def write(self, data: memoryview) -> None:
-        """Appends `data`. The caller may change the memory again as soon as this returns."""
-
-    def commit(self) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def __enter__(self) -> Writer: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
 class Storage(Protocol):
+    """Every method may be called from any thread. Raises StorageError in words where the store refuses or fails."""
+
     url: str
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        """Raises AlreadyExists if the key is taken."""
+        """Raises AlreadyExists if the key is taken. Where it holds exactly `data`, a store may call that a success: an
+        answer was lost on the way, and it meets its own bytes. So `data` has to be unique where that matters."""
 
-    def open_writer(self, key: str, size_bytes: int) -> Writer:
-        """`size_bytes` is the size of the whole object, for choosing part sizes."""
+    def upload(self, key: str, data: Iterable[memoryview], size_bytes: int) -> None:
+        """Writes one object of `size_bytes` bytes, the parts of `data` in order; replaces one that is there. Nothing of
+        `data` may be changed before this returns: it is sent from where it lies. What the iterator raises comes out,
+        and nothing is left."""
 
     def get(self, key: str) -> bytes:
         """Raises FileNotFoundError where there is no such object."""
@@ -58,27 +44,52 @@ class Storage(Protocol):
     def read_into(self, key: str, offset: int, target: memoryview) -> None:
         """Fills `target` from byte `offset` on. Raises FileNotFoundError; StorageError where the object is shorter."""
 
+    def stat(self, key: str) -> ObjectInfo | None:
+        """None where there is no such object."""
+
     def list_dirs(self, prefix: str) -> Sequence[str]:
         """Names directly under the directory `prefix` ("" or ending in "/") that have objects below them, sorted."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects whose key starts with `prefix`, recursively, in key order; uncommitted uploads are not among them."""
 
-    def delete(self, key: str) -> None:
-        """No error where there is no such object. Deletions survive a crash in the order in which they were made."""
+    def delete(self, *keys: str) -> None:
+        """No error where there is no such object. Returns when all are gone; a deletion survives a crash only if those
+        of earlier calls do."""
 
     def discard_uploads(self, prefix: str, before: float) -> int:
         """Removes what killed processes left behind: uncommitted uploads below the directory `prefix` ("" or ending
         in "/"), last written before `before` (seconds since the epoch, by the store's clock). Returns how many."""
 
+    def check_writable(self, timeout_s: float) -> None:
+        """Writes a small object and deletes it again. Raises UsageError that says what is wrong and what to do, after
+        `timeout_s` seconds at the latest."""
 
-_STORES = {"file": "dtrain.cluster.filestore:FileStorage"}
+
+RETRY_S = 300.0  # of a run: a store may be out of order for minutes
+IMPATIENT_RETRY_S = 10.0  # while a person waits
+
+_FSSPEC = "dtrain.runtime.stores.fsspecstore:FsspecStorage"
+_STORES = {
+    "file": "dtrain.cluster.filestore:FileStorage",
+    "s3": "dtrain.runtime.stores.objects:ObjectStorage",
+    "gs": "dtrain.runtime.stores.objects:ObjectStorage",
+    "az": "dtrain.runtime.stores.objects:ObjectStorage",
+}
 
 
-def open_storage(url: str) -> Storage:
-    """The store for a URL; a bare path means `file://`."""
-    scheme = urlsplit(url).scheme if "://" in url else "file"
-    if scheme not in _STORES:
-        raise UsageError(f"checkpoint.url: no store for {scheme}:// ({url}). Known: {', '.join(sorted(_STORES))}://")
-    module, _, name = _STORES[scheme].partition(":")
-    return cast(Storage, getattr(importlib.import_module(module), name)(url))
+def open_storage(url: str, *, retry_s: float = RETRY_S) -> Storage:
+    """The store for a URL; a bare path means `file://`. Asks nothing of it yet. Raises UsageError for a URL that no
+    store takes, or one whose package is not installed. `retry_s`: for how long a request that fails on the way is
+    tried again."""
+    module, _, name = _STORES.get(scheme_of(url), _FSSPEC).partition(":")
+    return cast(Storage, getattr(importlib.import_module(module), name)(url, retry_s=retry_s))
+
+
+def scheme_of(url: str) -> str:
+    return urlsplit(url).scheme if "://" in url else "file"
+
+
+def is_key(key: str) -> bool:
+    """Whether a caller may name an object so."""
+    return "\0" not in key and all(part and not part.startswith(".") for part in key.split("/"))

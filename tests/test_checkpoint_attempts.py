@@ -89,6 +89,7 @@ def test_the_record_says_who_and_from_where(store: FileStorage) -> None:
     first, second = (json.loads(store.get(names.attempt_key(number))) for number in (1, 2))
     assert first["from"] is None
     assert second.pop("started_at") > 0
+    assert second.pop("nonce") != first["nonce"]
     assert second == {"from": {"step": 7, "attempt": 1}, "host": "node-1", "job_id": "job-2"}
 
 

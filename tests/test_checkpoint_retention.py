@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from dtrain.cluster.errors import FencedError, StorageError
-from dtrain.cluster.filestore import FileStorage, FileWriter
+from dtrain.cluster.filestore import FileStorage
 from dtrain.cluster.storage import ObjectInfo
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import claim_attempt, live_checkpoints
@@ -115,17 +115,22 @@ def test_leftovers_go_when_nobody_can_be_writing_them(store: FileStorage) -> Non
     claim(store)
     for number in (1, 2):
         store.put_if_absent(f"{names.step_dir(50, number)}/rank-00000.safetensors", b"left over")
-    upload = store.open_writer(f"{names.step_dir(51, 1)}/rank-00000.safetensors", 10)
-    claim(store)
-    save(store, 1, 2)
-    apply_retention(store, keep=1)
-    assert len(directories(store)) == 4  # all young
-    age(store, "step-00000050", 7200)
-    age(store, "step-00000051", 7200)
-    apply_retention(store, keep=1)
-    # The file of the newest attempt may belong to a save that is going on.
-    assert sorted(directories(store)) == [names.step_dir(1, 2), names.step_dir(50, 2)]
-    upload.abort()
+
+    def upload_that_is_too_slow() -> Iterator[memoryview]:
+        yield memoryview(b"left ")
+        claim(store)
+        save(store, 1, 2)
+        apply_retention(store, keep=1)
+        assert len(directories(store)) == 4  # all young
+        age(store, "step-00000050", 7200)
+        age(store, "step-00000051", 7200)
+        apply_retention(store, keep=1)
+        # The file of the newest attempt may belong to a save that is going on.
+        assert sorted(directories(store)) == [names.step_dir(1, 2), names.step_dir(50, 2)]
+        yield memoryview(b"over")
+
+    with pytest.raises(StorageError, match="removed while it was going on"):
+        store.upload(f"{names.step_dir(51, 1)}/rank-00000.safetensors", upload_that_is_too_slow(), 9)
 
 
 def test_age_is_told_by_the_stores_clock(store: FileStorage) -> None:
@@ -201,9 +206,10 @@ class Faulty(FileStorage):
         super().put_if_absent(key, data)
         self._leave()
 
-    def open_writer(self, key: str, size_bytes: int) -> FileWriter:
+    def upload(self, key: str, data: Iterable[memoryview], size_bytes: int) -> None:
         self._enter()
-        return super().open_writer(key, size_bytes)
+        super().upload(key, data, size_bytes)
+        self._leave()
 
     def get(self, key: str) -> bytes:
         self._enter()
@@ -217,10 +223,15 @@ class Faulty(FileStorage):
         self._enter()
         return super().list_dirs(prefix)
 
-    def delete(self, key: str) -> None:
+    def stat(self, key: str) -> ObjectInfo | None:
         self._enter()
-        super().delete(key)
-        self._leave()
+        return super().stat(key)
+
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            self._enter()
+            super().delete(key)
+            self._leave()
 
 
 @pytest.mark.parametrize("kind", ["before", "after", "error"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dtrain.cluster.errors import CheckpointError, CorruptCheckpoint, FencedError, StorageError
-from dtrain.cluster.filestore import FileStorage, FileWriter
+from dtrain.cluster.filestore import FileStorage
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import claim_attempt, live_checkpoints, newest_live
 from dtrain.runtime.checkpoint.board import LocalBoard
@@ -214,9 +214,9 @@ class Gate(FileStorage):
         super().__init__(url)
         self.open = threading.Event()
 
-    def open_writer(self, key: str, size_bytes: int) -> FileWriter:
+    def upload(self, key: str, data: Iterable[memoryview], size_bytes: int) -> None:
         assert names.DATA_SUFFIX not in key or self.open.wait(20)
-        return super().open_writer(key, size_bytes)
+        super().upload(key, data, size_bytes)
 
 
 def test_the_caller_may_change_its_tensors_when_save_returns(tmp_path: Path) -> None:
@@ -295,10 +295,17 @@ class Breaking(FileStorage):
 
     needle = "no such key"
 
-    def open_writer(self, key: str, size_bytes: int) -> FileWriter:
+    def upload(self, key: str, data: Iterable[memoryview], size_bytes: int) -> None:
+        self._break(key)
+        super().upload(key, data, size_bytes)
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        self._break(key)
+        super().put_if_absent(key, data)
+
+    def _break(self, key: str) -> None:
         if self.needle in key:
             raise StorageError(f"can't write {key}: disk full")
-        return super().open_writer(key, size_bytes)
 
 
 @pytest.mark.parametrize("needle", ["rank-00001.safetensors", "rank-00001.index", "manifest.json"])

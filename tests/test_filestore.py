@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,39 +79,31 @@ def test_one_of_many_wins(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "store" / "attempts") == ["0001.json"]
 
 
-def test_an_upload_appears_with_its_commit(tmp_path: Path) -> None:
+def test_an_upload_appears_when_it_is_whole(tmp_path: Path) -> None:
     store = FileStorage(str(tmp_path))
-    with store.open_writer("step/a.bin", 6) as writer:
-        data = bytearray(b"abc")
-        writer.write(memoryview(data))
-        data[:] = b"def"
-        writer.write(memoryview(data))
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(b"abc")
         assert list(store.list("")) == []
         assert store.list_dirs("") == []
-        writer.commit()
-    assert store.get("step/a.bin") == b"abcdef"
+        assert store.stat("step/a.bin") is None
+        yield memoryview(b"defg").cast("B", (2, 2))
+
+    store.upload("step/a.bin", parts(), 7)
+    assert store.get("step/a.bin") == b"abcdefg"
     assert os.listdir(tmp_path / "step") == ["a.bin"]
+    store.upload("step/a.bin", [memoryview(b"x")], 1)
+    assert store.get("step/a.bin") == b"x"
 
 
-def test_an_exception_aborts(tmp_path: Path) -> None:
-    store = FileStorage(str(tmp_path))
-
-    def write() -> None:
-        with store.open_writer("step/a.bin", 6) as writer:
-            writer.write(memoryview(b"abc"))
-            raise RuntimeError
+def test_an_upload_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(b"abc")
+        raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write()
+        FileStorage(str(tmp_path)).upload("step/a.bin", parts(), 6)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_writer_takes_multidimensional_memory(tmp_path: Path) -> None:
-    store = FileStorage(str(tmp_path))
-    with store.open_writer("a", 8) as writer:
-        writer.write(memoryview(b"abcdefgh").cast("B", (2, 4)))
-        writer.commit()
-    assert store.get("a") == b"abcdefgh"
 
 
 def test_list_is_in_key_order_and_shows_no_uploads(tmp_path: Path) -> None:
@@ -118,7 +111,6 @@ def test_list_is_in_key_order_and_shows_no_uploads(tmp_path: Path) -> None:
     keys = ["a.b", "a/b", "a/c/d", "a0", "b", "step-1/x", "step-10/y"]
     for key in reversed(keys):
         store.put_if_absent(key, key.encode())
-    upload = store.open_writer("a/upload", 1)
     (tmp_path / "b-link").symlink_to(tmp_path / "a")
     (tmp_path / ".hidden").write_text("x")
     assert [info.key for info in store.list("")] == sorted(keys)
@@ -128,7 +120,10 @@ def test_list_is_in_key_order_and_shows_no_uploads(tmp_path: Path) -> None:
     assert [info.size_bytes for info in store.list("step-10/")] == [9]
     assert store.list_dirs("") == ["a", "step-1", "step-10"]
     assert store.list_dirs("a/") == ["c"]
-    upload.abort()
+    info = store.stat("a/c/d")
+    assert info is not None
+    assert [info] == list(store.list("a/c/d"))
+    assert store.stat("a/c") is None
 
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", ".x", "a/.x", "a\0b", "."])
@@ -137,7 +132,7 @@ def test_keys_never_leave_the_root(tmp_path: Path, key: str) -> None:
     for act in (
         lambda: store.get(key),
         lambda: store.put_if_absent(key, b""),
-        lambda: store.open_writer(key, 0),
+        lambda: store.upload(key, [], 0),
         lambda: store.delete(key),
     ):
         with pytest.raises(StorageError, match="is not a key"):
@@ -158,14 +153,18 @@ def test_delete_takes_empty_directories_along(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_discarded(tmp_path: Path) -> None:
     store = FileStorage(str(tmp_path))
-    old, young = store.open_writer("step/a", 1), store.open_writer("step/b", 1)
-    (path,) = tmp_path.glob("step/.a.*")
-    os.utime(path, (1.0, 1.0))
-    assert store.discard_uploads("", before=time.time() - 60) == 1
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(b"a")
+        (path,) = tmp_path.glob("step/.a.*")
+        assert store.discard_uploads("", before=time.time() - 60) == 0
+        os.utime(path, (1.0, 1.0))
+        assert store.discard_uploads("", before=time.time() - 60) == 1
+        yield memoryview(b"b")
+
     with pytest.raises(StorageError, match="removed while it was going on"):
-        old.commit()
-    young.commit()
-    assert [info.key for info in store.list("")] == ["step/b"]
+        store.upload("step/a", parts(), 2)
+    assert list(store.list("")) == []
 
 
 def test_a_full_disk_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

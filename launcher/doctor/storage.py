@@ -71,9 +71,7 @@ def _second_put(storage: Storage, probe: str) -> Finding:
 def _large_object(storage: Storage, probe: str) -> Finding:
     data = memoryview(os.urandom(PROBE_BYTES))
     began = time.monotonic()
-    with storage.open_writer(f"{probe}/large", len(data)) as writer:
-        writer.write(data)
-        writer.commit()
+    storage.upload(f"{probe}/large", [data], len(data))
     return ok(TOPIC, storage.url, f"uploads at {_rate(began)}")
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from dtrain.cluster.errors import AlreadyExists, CheckpointError, FencedError
 from dtrain.cluster.storage import Storage
 from dtrain.runtime.checkpoint import fields, names
 
+NUM_LOOKS = 16
 Parent = tuple[int, int] | None  # (step, attempt) that an attempt went on from; None: from the beginning
 
 
@@ -65,6 +68,7 @@ def claim_attempt(
             "host": host,
             "job_id": job_id,
             "started_at": time.time(),
+            "nonce": uuid.uuid4().hex,  # so that a store can tell this record from any other
         }
         try:
             storage.put_if_absent(names.attempt_key(number), json.dumps(record).encode())
@@ -210,11 +214,10 @@ def _read_parent(storage: Storage, number: int) -> Parent:
 
 
 def _committed(storage: Storage) -> dict[tuple[int, int], float]:
-    """(step, attempt) -> when it was committed."""
-    found = {}
-    for directory in storage.list_dirs(""):
-        pair, key = names.parse_step_dir(directory), names.manifest_key(directory)
-        commit = next((info for info in storage.list(key) if info.key == key), None)
-        if pair is not None and commit is not None:
-            found[pair] = commit.modified_at
-    return found
+    """(step, attempt) -> when it was committed. One listing, and one look at each step's manifest, several at a time:
+    a store may be far away, and a step may have thousands of files."""
+    pairs = [pair for pair in map(names.parse_step_dir, storage.list_dirs("")) if pair is not None]
+    keys = [names.manifest_key(names.step_dir(*pair)) for pair in pairs]
+    with ThreadPoolExecutor(NUM_LOOKS, thread_name_prefix="checkpoint-list") as pool:
+        commits = list(pool.map(storage.stat, keys))
+    return {pair: commit.modified_at for pair, commit in zip(pairs, commits, strict=True) if commit is not None}

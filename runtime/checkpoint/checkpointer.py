@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,30 +177,28 @@ class Checkpointer:
         directory, writer = names.step_dir(job.step, self._attempt), names.writer_name(self._rank)
         header = header_of(job.entries)
         size_bytes = len(header) + job.size_bytes
-        entries = []
-        with self._storage.open_writer(f"{directory}/{writer}{names.DATA_SUFFIX}", size_bytes) as upload:
-            upload.write(memoryview(header))
+        stored: list[Entry] = []
+
+        def parts() -> Iterator[memoryview]:
+            """The checksums are taken on the way: while one entry is summed up, those before it are being sent."""
+            yield memoryview(header)
             for entry in job.entries:
                 data = self._staging.view(entry.begin, entry.end)
-                upload.write(data)
-                entries.append(
-                    replace(
-                        entry,
-                        begin=entry.begin + len(header),
-                        end=entry.end + len(header),
-                        blocks=block_sums(data),
-                    )
-                )
-            upload.commit()
+                begin, end = entry.begin + len(header), entry.end + len(header)
+                stored.append(replace(entry, begin=begin, end=end, blocks=block_sums(data)))
+                yield data
+
+        # Nobody else writes under these names, so nothing has to be absent for them.
+        self._storage.upload(f"{directory}/{writer}{names.DATA_SUFFIX}", parts(), size_bytes)
         index = encode_index(
             FileIndex(
                 file=writer + names.DATA_SUFFIX,
                 header_bytes=len(header),
                 size_bytes=size_bytes,
-                entries=tuple(entries),
+                entries=tuple(stored),
             )
         )
-        self._storage.put_if_absent(f"{directory}/{writer}{names.INDEX_SUFFIX}", index)
+        self._storage.upload(f"{directory}/{writer}{names.INDEX_SUFFIX}", [memoryview(index)], len(index))
         return {"bytes": size_bytes, "index_xxh3": xxhash.xxh3_128_hexdigest(index)}
 
     def _post(self, step: int, message: dict[str, Any]) -> None:
@@ -252,8 +250,7 @@ class Checkpointer:
         """The files of a save that failed make room, as the disk may be full. A writer that is still at work leaves
         one behind, which retention finds later."""
         with contextlib.suppress(DtrainError, OSError):
-            for info in list(self._storage.list(f"{directory}/")):
-                self._storage.delete(info.key)
+            self._storage.delete(*[info.key for info in self._storage.list(f"{directory}/")])
 
     def _tidy(self) -> None:
         if self._keep is None:

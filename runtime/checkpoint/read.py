@@ -53,10 +53,10 @@ def read_data(
     except FileNotFoundError as error:
         raise corrupt(manifest, file.name, tensor, "is missing") from error
     except StorageError as error:
-        found = next((info.size_bytes for info in storage.list(key) if info.key == key), None)
-        if found is None or found >= file.size_bytes:
+        found = storage.stat(key)
+        if found is None or found.size_bytes >= file.size_bytes:
             raise
-        what = f"has {found} bytes, not {file.size_bytes}"
+        what = f"has {found.size_bytes} bytes, not {file.size_bytes}"
         raise corrupt(manifest, file.name, tensor, what) from error
 
 

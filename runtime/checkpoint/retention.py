@@ -55,8 +55,7 @@ def plan_deletion(
 def carry_out(storage: Storage, deletion: Deletion) -> None:
     for info in deletion.checkpoints:
         storage.delete(names.manifest_key(info.dir))
-    for file in deletion.files:
-        storage.delete(file.key)
+    storage.delete(*[file.key for file in deletion.files])
     storage.discard_uploads("", deletion.expired_before)
 
 

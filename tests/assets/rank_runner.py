@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import torch._dynamo
 import torch.distributed
 
 from dtrain.cluster.errors import StorageError
-from dtrain.cluster.filestore import FileStorage, FileWriter
+from dtrain.cluster.filestore import FileStorage
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime import worker
 
@@ -39,10 +40,10 @@ class FullStorage(FileStorage):
         super().__init__(url)
         self._full = tuple(f"step-{step:08d}-" for step in steps)
 
-    def open_writer(self, key: str, size_bytes: int) -> FileWriter:
+    def upload(self, key: str, data: Iterable[memoryview], size_bytes: int) -> None:
         if key.startswith(self._full):
             raise StorageError(f"{key}: no space left on device")
-        return super().open_writer(key, size_bytes)
+        super().upload(key, data, size_bytes)
 
 
 def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
