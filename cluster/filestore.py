@@ -60,12 +60,13 @@ class FileStorage:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 done = _read_fully(descriptor, target.cast("B"), offset)
+                size = os.fstat(descriptor).st_size
             finally:
                 os.close(descriptor)
         if done < target.nbytes:
             raise StorageError(
                 f"can't read {path}: asked for bytes {offset} to {offset + target.nbytes}, "
-                f"but the file ends at {offset + done}. It was cut short after it was written."
+                f"but the file ends at {size}. It was cut short after it was written."
             )
 
     def stat(self, key: str) -> ObjectInfo | None:

@@ -48,7 +48,8 @@ class Storage(Protocol):
         """None where there is no such object."""
 
     def list_dirs(self, prefix: str) -> Sequence[str]:
-        """Names directly under the directory `prefix` ("" or ending in "/") that have objects below them, sorted."""
+        """Names directly under the directory `prefix` ("" or ending in "/") that have objects below them, sorted. A
+        server that keeps objects as files may show one below which the first is still being uploaded."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects whose key starts with `prefix`, recursively, in key order; uncommitted uploads are not among them."""

@@ -51,6 +51,7 @@ TORCH_FREE = [
     "runtime.checkpoint.plan",
     "runtime.checkpoint.retention",
     "runtime.checkpoint.verify",
+    "runtime.stores*",
     "runtime.weightfiles",
     "runtime.weightmatch",
 ]
