@@ -119,7 +119,7 @@ class _Forgetful(FileStorage):
         if not os.path.exists(f"{self.root}/{key}"):
             super().put_if_absent(key, data)
 
-    def delete(self, key: str) -> None:
+    def delete(self, *keys: str) -> None:
         pass
 
 
