@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class NoSaves:
         return False
 
     def save(self, step: int, state: dict[str, Any]) -> None:
+        pass
+
+    def rate(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
     def wait(self) -> None:

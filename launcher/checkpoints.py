@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import CheckpointError, UsageError
@@ -15,6 +16,7 @@ from dtrain.cluster.storage import Storage, open_storage
 from dtrain.launcher.runs import Job, known_jobs, read_job, resolve
 from dtrain.launcher.state import derive, gather
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo, newest_live
+from dtrain.runtime.checkpoint.scores import find_best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +37,15 @@ def add_where(parser: argparse.ArgumentParser) -> None:
 
 
 def add_which(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--step", type=int, metavar="N", help="which step; left out: the newest live one")
+    parser.add_argument("--step", type=_step, metavar="N", help="which step, or best; left out: the newest live one")
     parser.add_argument("--attempt", type=int, metavar="A", help="by which attempt; left out: the live one")
+
+
+def _step(text: str) -> int | Literal["best"]:
+    try:
+        return "best" if text == "best" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expects a step (100) or best, found "{text}"') from None
 
 
 def find_place(where: str) -> Place:
@@ -59,8 +68,12 @@ def find_place(where: str) -> Place:
     return Place(storage=open_storage(job.plan.checkpoint_url), job=job)
 
 
-def choose(storage: Storage, infos: Sequence[CheckpointInfo], step: int | None, attempt: int | None) -> CheckpointInfo:
+def choose(
+    storage: Storage, infos: Sequence[CheckpointInfo], step: int | Literal["best"] | None, attempt: int | None
+) -> CheckpointInfo:
     """The live one that was asked for; a dead one where step and attempt name it. Raises CheckpointError."""
+    if step == "best":
+        return find_best(storage)
     fitting = [info for info in infos if step in (None, info.step) and attempt in (None, info.attempt)]
     chosen = newest_live(fitting) or max(
         (info for info in fitting if step is not None), key=lambda info: info.attempt, default=None

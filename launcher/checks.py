@@ -51,7 +51,7 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
     checks: tuple[tuple[tuple[str, ...], Callable[..., Found]], ...] = (
         (("train", "data"), _batches),
         (("train", "schedule"), _schedule),
-        (("train", "data", "metrics"), _evaluations),
+        (("train", "data", "metrics", "checkpoint"), _evaluations),
         (("data", "loss", "loss_closure", "metrics"), _closure),
         (("strategy", "cluster"), check_cluster),
         (("cluster",), check_nodes),
@@ -80,17 +80,17 @@ def _batches(train: TrainConfig, data: DataConfig) -> Found:
         yield "train.clip_grad_norm", "0 would clip every gradient to nothing. Leave it out for no clipping."
 
 
-def _evaluations(train: TrainConfig, data: DataConfig, metrics: Target | None) -> Found:
+def _evaluations(train: TrainConfig, data: DataConfig, metrics: Target | None, checkpoint: CheckpointConfig) -> Found:
     if metrics is not None and data.eval is None:
         yield "metrics", "they are means over data.eval, which is not set. Set it, or leave metrics out."
-    rule = train.early_stop
-    if rule is None:
-        return
-    if data.eval is None or train.eval_every is None:
-        missing = "data.eval" if data.eval is None else "train.eval_every"
-        yield "train.early_stop", f"looks at every evaluation, but {missing} is not set. Set it, or leave this out."
-    if rule.metric != "loss" and metrics is None:
-        yield "train.early_stop.metric", f"there is no metric {rule.metric}: set metrics, or take loss."
+    for key, rule in (("train.early_stop", train.early_stop), ("checkpoint.best", checkpoint.best)):
+        if rule is None:
+            continue
+        if data.eval is None or train.eval_every is None:
+            missing = "data.eval" if data.eval is None else "train.eval_every"
+            yield key, f"looks at every evaluation, but {missing} is not set. Set it, or leave this out."
+        if rule.metric != "loss" and metrics is None:
+            yield f"{key}.metric", f"there is no metric {rule.metric}: set metrics, or take loss."
 
 
 def _closure(data: DataConfig, loss: Target | None, closure: Target | None, metrics: Target | None) -> Found:

@@ -242,6 +242,17 @@ def parse_interval(every: int | str) -> Interval:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BestConfig:
+    """`best: loss` is short for `{metric: loss}`."""
+
+    SHORT: ClassVar[str] = "metric"
+
+    metric: str = field(default="loss", metadata=_METRIC)
+    mode: Literal["min", "max"] = field(default="min", metadata=_MODE)
+    keep: int = field(default=1, metadata={"doc": "how many of the best to keep", "min": 1})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     url: str = field(default="${run_dir}/checkpoints", metadata={"doc": "where checkpoints go: a path or file:// URL"})
     every: int | str | None = field(
@@ -252,6 +263,10 @@ class CheckpointConfig:
         },
     )
     keep: int | None = field(default=3, metadata={"doc": "newest checkpoints to keep; null: all of them", "min": 1})
+    best: BestConfig | None = field(
+        default=None,
+        metadata={"doc": "`{metric, mode, keep}`: saves at each evaluation and keeps the best ones besides the newest"},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

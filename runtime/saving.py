@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +43,21 @@ class CheckpointSaves:
         report: Reporter,
         *,
         every: Interval | None,
+        also_at: Callable[[int], bool] = lambda step: False,
+        resumed: tuple[int, int] = (0, 0),
         rank: int,
         world_size: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`also_at`: steps that are saved whatever `every` says. `resumed`: (step, attempt) of the checkpoint that this
+        attempt goes on from."""
         self._checkpointer = checkpointer
         self._wrapped = wrapped
         self._report = report
         self._every = every or Interval()
+        self._also_at = also_at
+        self._saved = dict([resumed])  # step -> the attempt that saved it
+        self._attempt = checkpointer.attempt
         self._rank = rank
         self._world_size = world_size
         self._clock = clock
@@ -58,6 +65,8 @@ class CheckpointSaves:
         self._failed = False
 
     def due(self, step: int) -> bool:
+        if self._also_at(step):
+            return True
         if self._every.steps is not None:
             return step % self._every.steps == 0
         return self._every.seconds is not None and self._clock() - self._last >= self._every.seconds
@@ -71,6 +80,11 @@ class CheckpointSaves:
             mine["loss_scale"] = self._wrapped.loss_scale.state()
         self._checkpointer.save(step, specs, local, {**state, **mine})
         self._last = self._clock()
+        self._saved = {step: self._attempt}
+
+    def rate(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step in self._saved:
+            self._checkpointer.rate(step, self._saved[step], metrics)
 
     def wait(self) -> None:
         self._settle(last=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -43,6 +43,9 @@ class Saves(Protocol):
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """`state`: what goes into the checkpoint besides model and optimizer, as JSON."""
+
+    def rate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What an evaluation of `step` gave; kept with its checkpoint, where it has one."""
 
     def wait(self) -> None: ...
 
@@ -169,6 +172,7 @@ def _evaluate(job: Training, step: int) -> Outcome | None:
     job.wrapped.sync.settle()
     if found is None:
         return _stop(job, step)
+    job.saves.rate(step, found)
     return _stop_early(job, step, evaluations.verdict) if evaluations.verdict and step < job.config.steps else None
 
 

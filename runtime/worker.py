@@ -24,6 +24,7 @@ from dtrain.runtime import targets
 from dtrain.runtime.batches import Batches
 from dtrain.runtime.build import Chosen, build, has_batch_statistics
 from dtrain.runtime.checkpoint.checkpointer import Checkpointer, Committed
+from dtrain.runtime.checkpoint.scores import BestRule
 from dtrain.runtime.config import RunConfig, parse_interval, read_run_config
 from dtrain.runtime.data import DataError, seed_everything
 from dtrain.runtime.evaluate import Evaluation
@@ -162,13 +163,16 @@ def _evaluations(config: RunConfig, place: Place, parts: _Parts, restored: Resto
     evaluation = _evaluation(config, place, parts)
     if evaluation is None:
         return None
-    train, start_step = config.train, place.env.resume_step
+    train, best, start_step = config.train, config.checkpoint.best, place.env.resume_step
     # One that is due at the step that the run goes on from is done again: it may have been interrupted.
     kept = start_step - 1 if is_due(train, start_step) else start_step
     return Evaluations(
         evaluation,
         train,
-        wanted={"train.early_stop.metric": train.early_stop.metric} if train.early_stop else {},
+        wanted={
+            **({"train.early_stop.metric": train.early_stop.metric} if train.early_stop else {}),
+            **({"checkpoint.best.metric": best.metric} if best else {}),
+        },
         attempt=place.env.attempt,
         report=place.report,
         log=MetricsLog(place.run.evaluations, kept) if place.ranks.global_rank == 0 else None,
@@ -222,7 +226,7 @@ def _initialize(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chose
 
 
 def _saves(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> CheckpointSaves:
-    env = place.env
+    env, best = place.env, config.checkpoint.best
 
     def on_commit(done: Committed) -> None:
         place.report.event("checkpoint_committed", step=done.step, bytes=done.bytes, seconds=round(done.seconds, 3))
@@ -236,10 +240,18 @@ def _saves(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
         board=place.ranks.board,
         on_commit=on_commit,
         keep=config.checkpoint.keep,
+        best=BestRule(metric=best.metric, mode=best.mode, keep=best.keep) if best else None,
     )
     every = parse_interval(config.checkpoint.every) if config.checkpoint.every is not None else None
     return CheckpointSaves(
-        checkpointer, wrapped, place.report, every=every, rank=env.global_rank, world_size=env.world_size
+        checkpointer,
+        wrapped,
+        place.report,
+        every=every,
+        also_at=lambda step: best is not None and is_due(config.train, step),
+        resumed=(env.resume_step, env.resume_attempt),
+        rank=env.global_rank,
+        world_size=env.world_size,
     )
 
 

@@ -76,6 +76,8 @@ def test_ls_json_is_the_documented_record(store: FileStorage, capsys: pytest.Cap
         "strategy": "ddp",
         "world_size": 1,
         "damage": None,
+        "metrics": None,
+        "best": False,
     }
 
 

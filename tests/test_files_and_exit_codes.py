@@ -18,6 +18,7 @@ from dtrain.launcher.runs import Job
 from dtrain.launcher.state import ACTIVE, WORKER_KEYS, documented, read_status
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo
 from dtrain.runtime.checkpoint.manifest import GridRule, Manifest, TensorInfo
+from dtrain.runtime.checkpoint.scores import Scores, rank
 from dtrain.runtime.checkpoint.survey import Surveyed
 from dtrain.runtime.culprit import Failure
 from dtrain.runtime.decide import State
@@ -82,7 +83,8 @@ def test_event_types() -> None:
 
 def test_ckpt_ls_keys(tmp_path: Path) -> None:
     info = CheckpointInfo(step=1, attempt=1, live=True, dir="step-00000001-a0001", committed_at=1.0)
-    row = ckpt_ls.row(FileStorage(str(tmp_path)), Surveyed(info=info, manifest=None, damages=()))
+    store = FileStorage(str(tmp_path))
+    row = ckpt_ls.row(store, Surveyed(info=info, manifest=None, damages=()), rank([info], Scores(store)))
     assert sorted(first_column(tables("ckpt ls --json")[0])) == sorted(row)
 
 

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 from dtrain.cluster import exits
 from dtrain.cluster.errors import CheckpointError, UsageError
+from dtrain.cluster.storage import Storage
 from dtrain.launcher.checkpoints import add_where, find_place
 from dtrain.launcher.console import plural, size
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo
 from dtrain.runtime.checkpoint.retention import Deletion, carry_out, plan_deletion
+from dtrain.runtime.checkpoint.scores import Scores, rank
 from dtrain.runtime.checkpoint.survey import Surveyed, survey
 
-HELP = "delete checkpoints but the newest N; those that are never loaded go too"
+HELP = "delete checkpoints but the newest N and those of checkpoint.best; those that are never loaded go too"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             f"none of the {plural(len(found), 'checkpoint')} in {storage.url} is live, so nothing is deleted: "
             f"`dtrain ckpt ls {storage.url}` shows them."
         )
-    kept, doomed = divide(found, args.keep)
+    kept, doomed = divide(found, args.keep, _prized(storage, found))
     deletion = plan_deletion(storage, kept, doomed)
     if not args.dry_run:
         carry_out(storage, deletion)
@@ -43,13 +45,22 @@ def run(args: argparse.Namespace) -> int:
     return exits.DONE
 
 
-def divide(found: Sequence[Surveyed], keep: int) -> tuple[list[CheckpointInfo], list[CheckpointInfo]]:
+def _prized(storage: Storage, found: Sequence[Surveyed]) -> frozenset[str]:
+    """The directories of those that the run keeps for being the best."""
+    ranking = rank([one.info for one in found], Scores(storage))
+    return ranking.best if ranking.rule.keep else frozenset()
+
+
+def divide(
+    found: Sequence[Surveyed], keep: int, prized: frozenset[str] = frozenset()
+) -> tuple[list[CheckpointInfo], list[CheckpointInfo]]:
     """(kept, doomed). Live ones that are known to be damaged are kept but not counted, as long as they are newer than
-    the oldest that is: a person who looks at one now still finds it, and `keep` whole ones remain."""
+    the oldest that is: a person who looks at one now still finds it, and `keep` whole ones remain.
+    `prized`: directories of those that stay in any case."""
     live = [one for one in found if one.info.live]
     whole = [one.info.step for one in live if not one.damages]
     oldest = whole[-keep:][0] if whole else 0
-    kept = [one.info for one in live if one.info.step >= oldest]
+    kept = [one.info for one in live if one.info.step >= oldest or one.info.dir in prized]
     return kept, [one.info for one in found if one.info not in kept]
 
 

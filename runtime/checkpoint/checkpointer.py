@@ -29,6 +29,7 @@ from dtrain.runtime.checkpoint.index import Entry, FileIndex, block_sums, encode
 from dtrain.runtime.checkpoint.manifest import FileInfo, Manifest, encode_manifest
 from dtrain.runtime.checkpoint.plan import Share, manifest_tensors, plan_shares
 from dtrain.runtime.checkpoint.retention import apply_retention
+from dtrain.runtime.checkpoint.scores import BestRule, Score, Scores, put_score
 from dtrain.runtime.checkpoint.staging import Staging
 from dtrain.runtime.checkpoint.torchtypes import TORCH_DTYPES
 from dtrain.strategies.boxes import Box, TensorSpec
@@ -77,10 +78,11 @@ class Checkpointer:
         board: Board,
         on_commit: Callable[[Committed], None],
         keep: int | None,
+        best: BestRule | None = None,
         timeout_s: float = 3600.0,
     ) -> None:
-        """`on_commit` is called on rank 0, from the background thread. `timeout_s`: how long rank 0 waits for the other
-        ranks' files before the save fails."""
+        """`best`: which ones stay besides the newest `keep`. `on_commit` is called on rank 0, from the background
+        thread. `timeout_s`: how long rank 0 waits for the other ranks' files before the save fails."""
         self._storage = storage
         self._attempt = attempt
         self._rank = rank
@@ -89,6 +91,8 @@ class Checkpointer:
         self._board = board
         self._on_commit = on_commit
         self._keep = keep
+        self._best = best
+        self._scores = Scores(storage)
         self._timeout_s = timeout_s
         self._staging = Staging()
         self._planned: tuple[tuple[TensorSpec, ...], list[Share]] = ((), [])
@@ -96,6 +100,10 @@ class Checkpointer:
         self._error: Exception | None = None  # of the newest step
         self._error_told = False
         self._newest_step = -1
+
+    @property
+    def attempt(self) -> int:
+        return self._attempt
 
     def save(self, step: int, specs: Sequence[TensorSpec], local: Local, state: dict[str, Any]) -> None:
         """Stages this rank's share of the global state. The caller may change its tensors as soon as this returns.
@@ -120,6 +128,16 @@ class Checkpointer:
         )
         self._newest_step, self._error, self._error_told = step, None, False
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
+        self._thread.start()
+
+    def rate(self, step: int, attempt: int, metrics: Mapping[str, float]) -> None:
+        """Keeps what an evaluation of a saved step gave beside its checkpoint, and tidies up by it: in the background,
+        after the save in flight. Rank 0's affair. What goes wrong is logged: the run can do without it."""
+        if self._rank:
+            return
+        score = Score(metrics=dict(metrics), rule=self._best or BestRule())
+        arguments = (step, attempt, score, self._thread)
+        self._thread = threading.Thread(target=self._rate, args=arguments, name=f"rating-{step}", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -252,11 +270,22 @@ class Checkpointer:
         with contextlib.suppress(DtrainError, OSError):
             self._storage.delete(*[info.key for info in self._storage.list(f"{directory}/")])
 
+    def _rate(self, step: int, attempt: int, score: Score, saving: threading.Thread | None) -> None:
+        if saving is not None:
+            saving.join()
+        if step == self._newest_step and self._error is not None:
+            return  # there is no checkpoint to rate
+        try:
+            put_score(self._storage, step, attempt, score)
+        except (DtrainError, OSError) as error:
+            _log.warning("the evaluation of step %d could not be kept with its checkpoint: %s", step, error)
+        self._tidy()
+
     def _tidy(self) -> None:
         if self._keep is None:
             return
         try:
-            apply_retention(self._storage, keep=self._keep, attempt=self._attempt)
+            apply_retention(self._storage, keep=self._keep, best=self._best, scores=self._scores, attempt=self._attempt)
         except (DtrainError, OSError) as error:
             _log.warning("old checkpoints could not be deleted; the next save tries again: %s", error)
 

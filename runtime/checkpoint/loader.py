@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import xxhash
@@ -20,6 +21,7 @@ from dtrain.runtime.checkpoint.index import BLOCK_BYTES, Entry
 from dtrain.runtime.checkpoint.manifest import FileInfo, Manifest, TensorInfo
 from dtrain.runtime.checkpoint.ranges import byte_span, needed_blocks, pieces, strides_of
 from dtrain.runtime.checkpoint.read import corrupt, read_data, read_index, read_manifest
+from dtrain.runtime.checkpoint.scores import find_best
 from dtrain.runtime.checkpoint.torchtypes import TORCH_DTYPES
 from dtrain.strategies.boxes import Box, whole
 
@@ -52,9 +54,9 @@ def load_tensors(storage: Storage, manifest: Manifest, requests: Iterable[Reques
             raise
 
 
-def load_model(url: str, model: nn.Module, step: int | None = None) -> CheckpointInfo:
-    """Fills a plain module's parameters and persistent buffers from the newest live checkpoint in `url`, or that of
-    `step`. Returns which one it was. Raises CheckpointError."""
+def load_model(url: str, model: nn.Module, step: int | Literal["best"] | None = None) -> CheckpointInfo:
+    """Fills a plain module's parameters and persistent buffers from the newest live checkpoint in `url`, from that of
+    `step`, or from the best one by the run's evaluations. Returns which one it was. Raises CheckpointError."""
     storage = open_storage(url)
     info = _find(storage, step)
     manifest = read_manifest(storage, info.step, info.attempt)
@@ -70,7 +72,9 @@ def load_model(url: str, model: nn.Module, step: int | None = None) -> Checkpoin
     return info
 
 
-def _find(storage: Storage, step: int | None) -> CheckpointInfo:
+def _find(storage: Storage, step: int | Literal["best"] | None) -> CheckpointInfo:
+    if step == "best":
+        return find_best(storage)
     live = [info for info in live_checkpoints(storage) if info.live]
     info = newest_live(info for info in live if step is None or info.step == step)
     if info is None:

@@ -8,6 +8,7 @@ import re
 FORMAT_VERSION = 1
 ATTEMPTS = "attempts/"
 MANIFEST = "manifest.json"
+SCORE = "evaluation.json"
 DATA_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
 
@@ -32,6 +33,10 @@ def parse_step_dir(name: str) -> tuple[int, int] | None:
 
 def manifest_key(directory: str) -> str:
     return f"{directory}/{MANIFEST}"
+
+
+def score_key(directory: str) -> str:
+    return f"{directory}/{SCORE}"
 
 
 def attempt_key(number: int) -> str:

@@ -11,6 +11,7 @@ from dtrain.cluster.storage import ObjectInfo, Storage
 from dtrain.runtime.checkpoint import names
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo, check_fence, live_checkpoints, newest_attempt
 from dtrain.runtime.checkpoint.read import read_manifest
+from dtrain.runtime.checkpoint.scores import BestRule, Scores, best_of
 
 LEASE_S = 3600.0  # a file younger than this may belong to a save that is still going on
 
@@ -28,9 +29,20 @@ class Deletion:
         return sum(file.size_bytes for file in self.files)
 
 
-def apply_retention(storage: Storage, *, keep: int, attempt: int | None = None, lease_s: float = LEASE_S) -> Deletion:
-    """Keeps the newest `keep` live checkpoints. `attempt`: who asks; raises FencedError where a newer one has begun."""
-    kept, doomed = _divide(live_checkpoints(storage), keep)
+def apply_retention(
+    storage: Storage,
+    *,
+    keep: int,
+    best: BestRule | None = None,
+    scores: Scores | None = None,
+    attempt: int | None = None,
+    lease_s: float = LEASE_S,
+) -> Deletion:
+    """Keeps the newest `keep` live checkpoints, and those that are the best by the rule `best`. `scores`: what is known
+    of them already. `attempt`: who asks; raises FencedError where a newer one has begun."""
+    infos = live_checkpoints(storage)
+    prized = best_of(infos, scores or Scores(storage), best)[: best.keep] if best and best.keep else ()
+    kept, doomed = _divide(infos, keep, prized)
     deletion = plan_deletion(storage, kept, doomed, lease_s=lease_s)
     if attempt is not None:
         check_fence(storage, attempt)
@@ -59,10 +71,12 @@ def carry_out(storage: Storage, deletion: Deletion) -> None:
     storage.discard_uploads("", deletion.expired_before)
 
 
-def _divide(infos: Sequence[CheckpointInfo], keep: int) -> tuple[list[CheckpointInfo], list[CheckpointInfo]]:
+def _divide(
+    infos: Sequence[CheckpointInfo], keep: int, prized: Sequence[CheckpointInfo]
+) -> tuple[list[CheckpointInfo], list[CheckpointInfo]]:
     """(kept, doomed), the oldest doomed one first. With nothing live all is kept: then the line is not understood."""
     live = [info for info in infos if info.live]
-    kept = live[-keep:] if live else list(infos)
+    kept = [info for info in live if info in live[-keep:] or info in prized] if live else list(infos)
     return kept, [info for info in infos if info not in kept]
 
 
@@ -70,7 +84,7 @@ def named_keys(storage: Storage, kept: Sequence[CheckpointInfo]) -> set[str]:
     """What the kept checkpoints need. A damaged one can't say: its own directory is left as it is."""
     keys = set()
     for info in kept:
-        keys.add(names.manifest_key(info.dir))
+        keys |= {names.manifest_key(info.dir), names.score_key(info.dir)}
         try:
             manifest = read_manifest(storage, info.step, info.attempt)
         except CorruptCheckpoint:
