@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from dtrain.cluster.filestore import FileStorage
 from dtrain.launcher.compose import dump_resolved, load_config
+from dtrain.runtime.checkpoint.attempts import claim_attempt
 
 ASSETS = Path(__file__).parent / "assets"
 BASE: dict[str, Any] = {
@@ -170,3 +172,27 @@ def test_evaluations_that_a_new_attempt_repeats_are_recorded_once(run: Run, tmp_
     assert run(folder, 1) == [0]
     assert run(folder, 1, attempt=2, resume=[4, 1]) == [0]
     assert [(record["step"], record["attempt"]) for record in records(folder)] == [(2, 1), (4, 2), (6, 2), (8, 2)]
+
+
+def test_the_best_checkpoint_survives_a_restart_that_goes_on_before_it(run: Run, tmp_path: Path) -> None:
+    """The height after steps 2, 4, .. 12 is 4, 2, 0, 2, 4, 6: step 6 stays, though it is old and by an old attempt."""
+    model = {"_target_": "measures.Counts", "layers": 1, "width": 32}
+    more = ["metrics=measures.valley", "train.eval_every=2", "checkpoint.keep=1", "train.micro_batch=null"]
+    rule = "checkpoint.best={metric: height, mode: min, keep: 1}"
+    folder = prepare(tmp_path / "run", *more, rule, "train.steps=12", model=model)
+    store = FileStorage(str(folder / "checkpoints"))
+    claim_attempt(store, host="h", job_id="j")
+    assert run(folder, 2) == [0, 0]
+    assert [event["step"] for event in events(folder, "checkpoint_committed")] == [2, 4, 6, 8, 10, 12]
+    assert [record["height"] for record in records(folder)] == [4, 2, 0, 2, 4, 6]
+    assert checkpoints(folder) == ["step-00000006-a0001", "step-00000012-a0001"]
+    claim_attempt(store, host="h", job_id="j", fresh_from=(6, 1))
+    assert run(folder, 1, attempt=2, resume=[6, 1]) == [0]
+    assert checkpoints(folder) == ["step-00000006-a0001", "step-00000012-a0002"]
+    found = json.loads((folder / "checkpoints/step-00000006-a0001/evaluation.json").read_text())
+    assert found["metrics"]["height"] == 0
+    assert found["best"] == {"metric": "height", "mode": "min", "keep": 1}
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))

@@ -33,3 +33,21 @@ def fails(output: Tensor, batch: Any) -> dict[str, float]:
     if len(batch[0]) and dist.get_rank() == 1:
         raise LookupError("planted")  # metrics
     return {}
+
+
+def valley(output: Tensor, batch: Any) -> dict[str, float]:
+    """Lowest at step 6 of a run whose model counts its training forwards, one a step."""
+    return {"height": abs(float(batch[0].shape[0] > 0) * (_steps[0] - 6))}
+
+
+_steps = [0]
+
+
+class Counts(parity.Transformer):
+    """Knows how many steps it has been trained, also after a restart: the buffer is in the checkpoints."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        _steps[0] = int(self.calls)
+        return super().forward(tokens)
