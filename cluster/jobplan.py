@@ -46,6 +46,13 @@ class ClusterConfig:
         default="auto",
         metadata={"doc": "network interface of the nodes' traffic: a name, or a range of addresses like 10.0.0.0/8"},
     )
+    code: Literal["bundle", "live"] = field(
+        default="bundle",
+        metadata={
+            "doc": "bundle: the nodes run a copy of your code as it was at the launch; live: what lies in your folders"
+        },
+    )
+    bundle_limit_mb: int = field(default=100, metadata={"doc": "the most that such a copy may have, in MB", "min": 1})
     port_range: tuple[int, ...] | None = field(
         default=None,
         metadata={"doc": "first and last port to listen on, like [29400, 29499]; left out: any free one"},
@@ -78,6 +85,8 @@ class JobPlan:
     interface: str = "auto"
     port_range: tuple[int, int] | None = None  # first and last
     version: str = VERSION  # of the submitting dtrain
+    code_digest: str = ""  # sha256 of the archive in the run directory; "": the nodes use the code where it lies
+    code_roots: dict[str, str] = field(default_factory=dict)  # folder in the archive -> of what it is a copy
 
     @property
     def world_size(self) -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.nodescript import node_script
 from dtrain.cluster.procs import Liveness, ProcessId, start_detached
 from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic
+from dtrain.cluster.scratch import sweep
 from dtrain.cluster.zygote import Zygote, ZygoteError
+
+_DEATH_S = 2.0  # for a killed process to be gone
 
 # -P: a folder `dtrain` in the working directory must not shadow the installed package.
 _AGENT = ("-P", "-m", "dtrain.runtime.agent")
@@ -98,6 +102,10 @@ class LocalBackend:
             for process in self._agents(plan):
                 process.kill(signal.SIGKILL)
         self.clear(plan)
+        deadline = time.monotonic() + _DEATH_S
+        while self.state(plan) == "alive" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        sweep()  # they could not clean up themselves
 
     def interface(self, plan: JobPlan) -> Interface:
         return LOOPBACK if plan.interface == "auto" else pick(plan.interface, list_interfaces())

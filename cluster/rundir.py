@@ -4,6 +4,7 @@ config.yaml    the resolved config           job.json      the current submissio
 events.jsonl   everything that happened      metrics.jsonl one record a step
 failure.json   the last culprit              evaluations.jsonl one record an evaluation
 logs/a0003/node-0.log
+code/<sha256>.tar.gz  the user's code as it was at a launch
 control/<job_id>/  (0700) token, coordinator-0001.json, node-0.json, status.json, cancel, ended.json
 """
 
@@ -32,6 +33,9 @@ class RunDir:
 
     def log(self, attempt: int, node_rank: int) -> Path:
         return self.path / "logs" / f"a{attempt:04d}" / f"node-{node_rank}.log"
+
+    def code(self, digest: str) -> Path:
+        return self.path / "code" / f"{digest}.tar.gz"
 
     def control(self, job_id: str) -> Control:
         return Control(self.path / "control" / job_id)

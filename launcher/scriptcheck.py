@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from dtrain.cluster.errors import Problem
 from dtrain.cluster.nodescript import checking_script
+from dtrain.launcher.bundle import Module
 from dtrain.runtime.scriptconfig import SCRIPT_KEY, find_script, parse_script
 
 _TIMEOUT_S = 60.0
@@ -58,6 +59,23 @@ def check_script_runs(
         command = ["bash", "-c", checking_script(setup, python, argv)] if setup else argv
         key, message = _ask(command, python, environ)
     return [Problem(where=origins.get(key, ""), key=key, message=message)] if message else []
+
+
+def script_modules(text: str, sys_path: Sequence[str]) -> tuple[Module, ...]:
+    """The script, or its package, and the packages beside it: nothing of it has been imported, so all may be used."""
+    script = parse_script(text)
+    if script.module:
+        top = script.module.partition(".")[0]
+        package = next((folder for folder in sys_path if os.path.isdir(os.path.join(folder, top))), None)
+        plain = next((folder for folder in sys_path if os.path.isfile(os.path.join(folder, f"{top}.py"))), None)
+        found = package or plain
+        return (Module(name=top, folder=found, package=package is not None),) if found else ()
+    path = find_script(script.path, sys_path)
+    if path is None:
+        return ()
+    beside = sorted(entry.parent for entry in path.parent.glob("*/__init__.py"))
+    packages = (Module(name=entry.name, folder=str(path.parent), package=True) for entry in beside)
+    return Module(name=path.stem, folder=str(path.parent), package=False), *packages
 
 
 def _not_there(path: str, folders: Sequence[str]) -> str:

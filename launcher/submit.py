@@ -4,22 +4,27 @@ is told first. The processes themselves are the back end's."""
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.cluster import exits
-from dtrain.cluster.errors import UsageError
+from dtrain.cluster.configfile import DEFAULT
+from dtrain.cluster.errors import ConfigError, Problem, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir, append_event, read_jsonl, write_atomic, write_once
 from dtrain.cluster.zygote import Zygote
 from dtrain.launcher import labels
+from dtrain.launcher.bundle import Bundle, Module, collect, describe_bundle, over_limit
 from dtrain.launcher.compose import LaunchConfig, diff_identity, dump_resolved
 from dtrain.launcher.console import plural
 from dtrain.launcher.identity import Decision, Existing, decide
+from dtrain.launcher.pack import pack
 from dtrain.launcher.runs import Job, describe_checkpoint, newest_checkpoint, read_job
 from dtrain.launcher.state import read_status
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo
@@ -111,7 +116,7 @@ def _stopped_early(status: dict[str, Any], steps: int | None, differs: list[str]
     return "" if any(line.startswith("train.early_stop") for line in differs) else str(status["reason"])
 
 
-def header(plan: JobPlan, settled: Settled) -> list[str]:
+def header(plan: JobPlan, settled: Settled, code: Bundle | None = None) -> list[str]:
     """The first lines that a person sees: what, where, and from which step."""
     device = f"{plural(plan.gpus_per_node, 'GPU')} a node" if plan.gpus_per_node else "CPU"
     shape = f"{plural(plan.nodes, 'node')} x {plural(plan.procs_per_node, 'process')}, {device}, {plan.backend}"
@@ -121,6 +126,8 @@ def header(plan: JobPlan, settled: Settled) -> list[str]:
         f"  checkpoints  {plan.checkpoint_url}",
         f"  {_origin(plan, settled)}",
     ]
+    if code is not None:
+        lines.append(f"  code         {describe_bundle(code)}")
     if plan.setup:
         count = plural(len(plan.setup), "line")
         lines.append(
@@ -135,6 +142,29 @@ def _origin(plan: JobPlan, settled: Settled) -> str:
         return f"continues from step {found.step} ({describe_checkpoint(plan.checkpoint_url, found)})"
     nothing = "" if settled.decision.action == "start" else ": no checkpoint was committed"
     return f"starts from the beginning{nothing}"
+
+
+def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) -> Bundle | None:
+    """The code that the nodes are to run; None where they use it as it lies. Raises ConfigError for too much of it."""
+    if config.cluster.code == "live":
+        return None
+    scripts = (module.folder for module in modules if plan.kind == "script")
+    places = list(dict.fromkeys([*plan.sys_path, *scripts]))
+    url = plan.checkpoint_url.removeprefix("file://")
+    bundle = collect(places, modules, exclude=[plan.run_dir, *([url] if url.startswith("/") else [])])
+    if message := over_limit(bundle, config.cluster.bundle_limit_mb):
+        key = "cluster.bundle_limit_mb"
+        place = config.origins[key]
+        where = os.path.relpath(config.path) if place == DEFAULT else place
+        raise ConfigError([Problem(where=where, key=key, message=message)])
+    return bundle if bundle.trees else None
+
+
+def pack_code(plan: JobPlan, code: Bundle) -> JobPlan:
+    """Puts the archive into the run directory; the plan that has the nodes use it."""
+    digest = pack(code, RunDir(plan.run_dir).path / "code")
+    sys_path = tuple(dict.fromkeys([*plan.sys_path, *code.sys_path]))
+    return replace(plan, code_digest=digest, code_roots=code.roots, sys_path=sys_path)
 
 
 def record(config: LaunchConfig, plan: JobPlan) -> Job:

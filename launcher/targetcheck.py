@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 from dtrain.cluster.errors import Problem
 from dtrain.cluster.nodescript import checking_script
 from dtrain.cluster.zygote import Zygote, ZygoteError
-from dtrain.launcher.scriptcheck import check_script_runs
+from dtrain.launcher.bundle import Module
+from dtrain.launcher.scriptcheck import check_script_runs, script_modules
 from dtrain.runtime.config import STREAM_KEYWORDS
 from dtrain.runtime.scriptconfig import ScriptRunConfig
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from dtrain.launcher.compose import LaunchConfig
     from dtrain.runtime.config import RunConfig, Target
 
+_INSTALLED = re.compile(r"/(site|dist)-packages/")
 _MODULE = "dtrain.launcher.targetcheck"
 
 
@@ -47,6 +50,12 @@ class TargetCheck:
     offered: tuple[str, ...] = ()  # keywords that the runtime adds where the signature has them
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    problems: list[Problem]
+    modules: tuple[Module, ...] = ()  # what importing the targets has brought in, but the environment's own
+
+
 def check_targets(
     config: LaunchConfig,
     python: str,
@@ -57,27 +66,45 @@ def check_targets(
 ) -> list[Problem]:
     """Problems with the file:line of each `_target_`. `sys_path` goes in front of the child's module search path.
     With `zygote` the child is its fork where possible: the same answers, without another import of torch.
+    """
+    return look_at_targets(config, python, sys_path, timeout_s, zygote=zygote).problems
+
+
+def look_at_targets(
+    config: LaunchConfig,
+    python: str,
+    sys_path: Sequence[str],
+    timeout_s: float = 120,
+    *,
+    zygote: Zygote | None = None,
+) -> Checked:
+    """check_targets, and what was imported on the way.
 
     A target that takes its child down costs only itself: the ones after it are asked in another child.
     """
     environ = {**config.cluster.env, **os.environ, "PYTHONSAFEPATH": "1"}  # what was exported wins, as for workers
     if isinstance(config.content, ScriptRunConfig):
-        return check_script_runs(config.content.script, config.origins, python, sys_path, environ, config.cluster.setup)
+        script = config.content.script
+        problems = check_script_runs(script, config.origins, python, sys_path, environ, config.cluster.setup)
+        return Checked(problems=problems, modules=() if problems else script_modules(script, sys_path))
     command = _command(python, config.cluster.setup)
-    problems: list[Problem] = []
+    problems = []
+    modules: tuple[Module, ...] = ()
     pending = target_checks(config.run)
     while pending:
         answer = _ask(command, pending, sys_path, environ, timeout_s, zygote)
         if answer.refused is not None:
             key, message = answer.refused
-            return [*problems, Problem(where=config.origins.get(key, ""), key=key, message=message)]
+            return Checked(problems=[*problems, Problem(where=config.origins.get(key, ""), key=key, message=message)])
         if not answer.begun and answer.timed_out and config.cluster.setup:
             message = f"took longer than {timeout_s:g} s, the look at the nodes' Python included."
-            return [*problems, Problem(where=config.origins["cluster.setup.0"], key="cluster.setup", message=message)]
+            where = config.origins["cluster.setup.0"]
+            return Checked(problems=[*problems, Problem(where=where, key="cluster.setup", message=message)])
         if not answer.begun:
             where = config.origins["cluster.python"] if config.cluster.python != "auto" else ""
             key = "cluster.python" if where else ""
-            return [*problems, Problem(where=where, key=key, message=_no_child(python, answer))]
+            return Checked(problems=[*problems, Problem(where=where, key=key, message=_no_child(python, answer))])
+        modules += answer.modules
         problems += [
             Problem(where=check.where, key=f"{check.key}._target_", message=message)
             for check, messages in zip(pending, answer.messages, strict=False)
@@ -91,7 +118,7 @@ def check_targets(
             problems.append(Problem(where=stuck.where, key=f"{stuck.key}._target_", message=message))
         if answer.timed_out:
             break  # each of the others might take as long
-    return problems
+    return Checked(problems=problems, modules=modules)
 
 
 def target_checks(run: RunConfig) -> list[TargetCheck]:
@@ -151,6 +178,7 @@ class _Answer:
     end: str  # how the child ended, in words
     timed_out: bool
     last_words: str  # the last line that it printed
+    modules: tuple[Module, ...]
     refused: tuple[str, str] | None  # the key and the reason where a setup line or the Python failed before it
 
 
@@ -179,6 +207,7 @@ def _ask(
     return _Answer(
         begun=bool(lines),
         refused=refused,
+        modules=tuple(Module(**module) for line in lines for module in line.get("modules", ())),
         messages=tuple(tuple(line["messages"]) for line in lines if "messages" in line),
         end=end or "ended its process",
         timed_out=timed_out,
@@ -283,7 +312,22 @@ def answer(request: Mapping[str, Any]) -> NoReturn:
     for index, check in enumerate(request["checks"]):
         print(json.dumps({"begun": index}), file=answers, flush=True)
         print(json.dumps({"messages": _messages(check)}), file=answers, flush=True)
+    print(json.dumps({"modules": _brought_in()}), file=answers, flush=True)
     os._exit(0)  # threads or exit handlers of the user's modules have no say
+
+
+def _brought_in() -> list[dict[str, Any]]:
+    """The top-level modules, as fields of a Module, that are neither the interpreter's nor installed."""
+    installed = tuple({os.path.join(path, "") for path in (sys.prefix, sys.base_prefix, sys.exec_prefix)})
+    found = []
+    for name, module in list(sys.modules.items()):
+        if "." in name or name in ("dtrain", "__main__", "__mp_main__"):
+            continue
+        paths = list(getattr(module, "__path__", ()))
+        place = str(paths[0]) if paths else str(getattr(module, "__file__", None) or "")
+        if os.path.isabs(place) and not place.startswith(installed) and not _INSTALLED.search(place):
+            found.append({"name": name, "folder": os.path.dirname(place), "package": bool(paths)})
+    return found
 
 
 def _messages(check: Mapping[str, Any]) -> list[str]:

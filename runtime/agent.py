@@ -27,6 +27,7 @@ from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
 from dtrain.cluster.storage import open_storage
 from dtrain.runtime.channel import Channel, connect
 from dtrain.runtime.checkpoint.attempts import Attempt, claim_attempt
+from dtrain.runtime.codedir import CodeDir, unpack_code
 from dtrain.runtime.control import ControlError, find_coordinator, is_there, read_token
 from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.cpus import describe, slice_of_cores
@@ -43,7 +44,7 @@ _GONE_LOOKS = 3  # a file system may miss a file once
 
 
 class Agent:
-    def __init__(self, job: Job, options: Options, warm: WarmParent | None = None) -> None:
+    def __init__(self, job: Job, options: Options, warm: WarmParent | None = None, code: CodeDir | None = None) -> None:
         self._job = job
         self._options = options
         self._timings = options.timings
@@ -52,7 +53,7 @@ class Agent:
         self._channel: Channel | None = None
         self._coordinator: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._workers = NodeWorkers(job.plan, options, self._tell, warm, interface=job.interface)
+        self._workers = NodeWorkers(job.plan, options, self._tell, warm, interface=job.interface, code=code)
         self._stacking: set[asyncio.Task[None]] = set()
         self._store: socket.socket | None = None  # for global rank 0
         self._attempt = 0
@@ -316,7 +317,13 @@ def main(argv: Sequence[str] | None = None, warm: WarmParent | None = None) -> i
     if os.getsid(0) != os.getpid() and os.getpgrp() != os.getpid():
         os.setsid()  # all that the node runs is one session, which can be cleared
     try:
-        return asyncio.run(_run(_load_job(options), options, warm))
+        job = _load_job(options)
+        code = unpack_code(job.plan)
+        try:
+            return asyncio.run(_run(job, options, warm, code))
+        finally:
+            if code is not None:
+                code.held.close()
     except NodeError as error:
         _say(str(error))
         return give_up(options, str(error))
@@ -325,13 +332,13 @@ def main(argv: Sequence[str] | None = None, warm: WarmParent | None = None) -> i
         return error.exit_code
 
 
-async def _run(job: Job, options: Options, warm: WarmParent | None) -> int:
+async def _run(job: Job, options: Options, warm: WarmParent | None, code: CodeDir | None) -> int:
     plan = job.plan
     device = f"{plan.gpus_per_node} GPUs" if plan.gpus_per_node else "CPU"
     each = f"{plan.procs_per_node} workers x {plan.threads_per_proc} threads on {device}"
     where = f"interface {job.interface}, {_cores(plan, options.node_rank)}"
     _say(f"node {options.node_rank} of {plan.nodes}: {each}, {where}")
-    return await Agent(job, options, warm).run()
+    return await Agent(job, options, warm, code).run()
 
 
 def _cores(plan: JobPlan, node_rank: int) -> str:

@@ -17,6 +17,7 @@ from dtrain.cluster.procs import clear_session
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.childproc import ENTRIES, WorkerSpec
+from dtrain.runtime.codedir import CodeDir
 from dtrain.runtime.nodelog import NodeLog
 from dtrain.runtime.options import Options
 from dtrain.runtime.redact import redactor
@@ -48,12 +49,14 @@ class NodeWorkers:
         warm: WarmParent | None = None,
         *,
         interface: Interface = LOOPBACK,
+        code: CodeDir | None = None,
     ) -> None:
         self._plan = plan
         self._options = options
         self._notify = notify
         self._interface = interface
-        self._redact = redactor(plan.secrets, os.environ)
+        self._code = code
+        self._redact = redactor(plan.secrets, os.environ, code.places if code else None)
         self._environ = worker_environ(plan, dict(os.environ))
         self._workers: list[WorkerProcess] = []
         self._log: NodeLog | None = None
@@ -102,10 +105,11 @@ class NodeWorkers:
 
     async def _start_one(self, worker: WorkerProcess, starter: Starter, store: socket.socket | None) -> Starter:
         """Warm where that works, else plainly from this worker on; the starter for the next one."""
+        code = self._code
         spec = WorkerSpec(
             entry=self._options.entry or ENTRIES[self._plan.kind],
-            cwd=self._plan.cwd,
-            sys_path=self._plan.sys_path,
+            cwd=code.cwd(self._plan.cwd) if code else self._plan.cwd,
+            sys_path=tuple(map(code.map, self._plan.sys_path)) if code else self._plan.sys_path,
             worker=worker.env.to_environ(),
         )
         store_fd = store.fileno() if store is not None and worker.env.global_rank == 0 else -1

@@ -1,9 +1,10 @@
-"""Takes the values of named secrets out of what a worker says, before it reaches a log or a record."""
+"""What a worker says, before it reaches a log or a record: without the values of named secrets, and in records with the
+places where the user's files really are instead of those of the job's copy."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,28 +14,36 @@ _MIN_CHARS = 6  # anything shorter is no secret, and would tear holes into ordin
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redactor:
     line: Callable[[bytes], bytes]
-    record: Callable[[dict[str, Any]], dict[str, Any]]  # of a worker's report, at any depth
+    record: Callable[[Any], Any]  # of a worker's report: every text in it, at any depth
 
 
-def redactor(names: Sequence[str], environ: Mapping[str, str]) -> Redactor:
-    """Each value becomes `[NAME]`. A value of several lines, like a key, goes line by line, as logs do."""
+def redactor(names: Sequence[str], environ: Mapping[str, str], places: Mapping[str, str] | None = None) -> Redactor:
+    """Each value becomes `[NAME]`. A value of several lines, like a key, goes line by line, as logs do.
+    `places`: folder -> what a person calls it."""
     known = {
         line: f"[{name}]"
         for name in names
         for line in sorted(environ.get(name, "").splitlines(), key=len, reverse=True)
         if len(line.strip()) >= _MIN_CHARS
     }
-    if not known:
-        return Redactor(line=bytes, record=lambda record: record)
-    pattern = re.compile("|".join(re.escape(text) for text in sorted(known, key=len, reverse=True)))
-    raw = re.compile(pattern.pattern.encode(errors="surrogateescape"))
-    marks = {text.encode(errors="surrogateescape"): mark.encode() for text, mark in known.items()}
+    told = {**{f"{folder}/": f"{place}/" for folder, place in (places or {}).items()}, **known}
+    pattern = _any_of(told)
+    raw_pattern = re.compile(_any_of(known).pattern.encode(errors="surrogateescape"))
+    raw = {text.encode(errors="surrogateescape"): mark.encode() for text, mark in known.items()}
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
-            return pattern.sub(lambda found: known[found[0]], value)
+            return pattern.sub(lambda found: told[found[0]], value)
         if isinstance(value, list):
             return [clean(item) for item in value]
         return {clean(key): clean(item) for key, item in value.items()} if isinstance(value, dict) else value
 
-    return Redactor(line=lambda line: raw.sub(lambda found: marks[found[0]], line), record=clean)
+    return Redactor(
+        line=(lambda line: raw_pattern.sub(lambda found: raw[found[0]], line)) if raw else bytes,
+        record=clean if told else lambda record: record,
+    )
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Longer ones first: one may begin with another."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))

@@ -102,7 +102,7 @@ class WorkerProcess:
             "phase": str(record.phase),
             "collective": record.collective,
             "idle_s": round(max(0.0, time.monotonic() - record.changed_at), 3) if record.changed_at else None,
-            "place": record.place,
+            "place": self._redact.record(record.place),
         }
 
     async def stack(self, timeout_s: float) -> str:
@@ -117,7 +117,8 @@ class WorkerProcess:
             await asyncio.sleep(0.03)
             before, size = size, os.fstat(self._stack_fd).st_size
             if size and size == before:
-                return os.pread(self._stack_fd, _MAX_STACK_BYTES, 0).decode(errors="replace")
+                text = os.pread(self._stack_fd, _MAX_STACK_BYTES, 0).decode(errors="replace")
+                return str(self._redact.record(text))
         seen = self.progress()
         return (
             f"no answer within {timeout_s:g} s: process {self.pid} is stopped or in the kernel. "

@@ -18,6 +18,7 @@ from dtrain.cluster.errors import ConfigError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.zygote import Zygote
+from dtrain.launcher.bundle import Bundle
 from dtrain.launcher.commands.status import view
 from dtrain.launcher.compose import LaunchConfig, load_config
 from dtrain.launcher.console import plural
@@ -27,8 +28,8 @@ from dtrain.launcher.plan import make_plan
 from dtrain.launcher.runs import Job, read_job
 from dtrain.launcher.screen import make_screen, saying
 from dtrain.launcher.state import read_status
-from dtrain.launcher.submit import Settled, header, new_job_id, record, settle, submit
-from dtrain.launcher.targetcheck import check_targets
+from dtrain.launcher.submit import Settled, gather_code, header, new_job_id, pack_code, record, settle, submit
+from dtrain.launcher.targetcheck import look_at_targets
 
 HELP = "Trains what the config describes, or continues it where its run directory has a checkpoint. Follows the run."
 
@@ -82,21 +83,24 @@ def _submit(
     """An exit code where nothing is to be followed, else the job, and from where on its files tell of it."""
     try:
         with saying(f"{plan.name}: checking the config's targets ..."):
-            problems = check_targets(first, plan.python, plan.sys_path, zygote=zygote)
+            checked = look_at_targets(first, plan.python, plan.sys_path, zygote=zygote)
     except KeyboardInterrupt:
         print(f"{plan.name}: interrupted, nothing was started", file=sys.stderr)
         return exits.DETACHED
-    if problems:
-        raise ConfigError(problems)
+    if checked.problems:
+        raise ConfigError(checked.problems)
+    code = None if args.here else gather_code(first, plan, checked.modules)
     with ExitStack() as lease:
         config, plan, settled = _claim(args, first, lease)
         if settled.decision.action in ("refuse", "done"):
             return _say_nothing_to_do(plan, settled)
         if args.dry_run:
-            return _dry_run(plan, settled)
+            return _dry_run(plan, settled, code)
         since = bookmark(RunDir(plan.run_dir))
+        if code is not None:
+            plan = pack_code(plan, code)
         job = record(config, plan)
-        print("\n".join(header(plan, settled)), flush=True)
+        print("\n".join(header(plan, settled, code)), flush=True)
         if not args.here:
             submit(job, zygote)
     return job, since
@@ -188,8 +192,8 @@ def _is_taken(config: LaunchConfig) -> bool:
     return RunDir(path).job.exists() or (path.is_dir() and any(entry.name != "control" for entry in path.iterdir()))
 
 
-def _dry_run(plan: JobPlan, settled: Settled) -> int:
-    print("\n".join(f"# {line}" for line in header(plan, settled)))
+def _dry_run(plan: JobPlan, settled: Settled, code: Bundle | None) -> int:
+    print("\n".join(f"# {line}" for line in header(plan, settled, code)))
     print(get_backend(plan.backend).render(plan))
     return exits.DONE
 
