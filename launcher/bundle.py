@@ -21,6 +21,7 @@ _MAX_OTHER_BYTES = 1 << 20  # outside of git: of a file in a package that is not
 _SECRETS = (".env", ".env.*", ".netrc", ".pypirc", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*",
             "credentials", "credentials.json", ".git-credentials")  # fmt: skip
 _NOT_SECRET = ("*.example", "*.sample", "*.template", "*.pub")
+_CODE = (".py", ".so")
 _NEVER = ("__pycache__", "*.pyc", ".git")
 
 
@@ -149,7 +150,7 @@ def _git_files(root: str) -> list[str]:
 def _loose_files(root: str, modules: Sequence[Module], *, beside: bool) -> Iterator[str]:
     if beside:
         with contextlib.suppress(OSError):
-            yield from (entry.name for entry in os.scandir(root) if entry.name.endswith((".py", ".so")))
+            yield from (entry.name for entry in os.scandir(root) if entry.name.endswith(_CODE))
     for module in modules:
         if not _inside(module.folder, root):
             continue
@@ -157,12 +158,18 @@ def _loose_files(root: str, modules: Sequence[Module], *, beside: bool) -> Itera
         if not module.package:
             yield os.path.normpath(os.path.join(folder, f"{module.name}.py"))
             continue
-        for place, names, files in os.walk(os.path.join(module.folder, module.name)):
-            names[:] = sorted(name for name in names if not name.startswith(".") and not _is_venv(place, name))
-            for file in files:
-                path = os.path.join(place, file)
-                if file.endswith((".py", ".so")) or _size(path) <= _MAX_OTHER_BYTES:
-                    yield os.path.relpath(path, root)
+        yield from (os.path.relpath(path, root) for path in _package_files(os.path.join(module.folder, module.name)))
+
+
+def _package_files(package: str) -> Iterator[str]:
+    """Its Python, and what lies beside it and is small; a folder without any Python in it holds data."""
+    for place, names, files in os.walk(package):
+        names[:] = sorted(name for name in names if not name.startswith(".") and not _is_venv(place, name))
+        has_code = any(file.endswith(_CODE) for file in files)
+        for file in sorted(files) if has_code else ():
+            path = os.path.join(place, file)
+            if file.endswith(_CODE) or _size(path) <= _MAX_OTHER_BYTES:
+                yield path
 
 
 def _tree(root: str, folder: str, git: bool, names: Iterable[str], exclude: Sequence[str]) -> Tree:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster import exits
 from dtrain.cluster.configfile import DEFAULT
@@ -150,8 +151,7 @@ def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) 
         return None
     scripts = (module.folder for module in modules if plan.kind == "script")
     places = list(dict.fromkeys([*plan.sys_path, *scripts]))
-    url = plan.checkpoint_url.removeprefix("file://")
-    bundle = collect(places, modules, exclude=[plan.run_dir, *([url] if url.startswith("/") else [])])
+    bundle = collect(places, modules, exclude=[plan.run_dir, unquote(urlsplit(plan.checkpoint_url).path)])
     if message := over_limit(bundle, config.cluster.bundle_limit_mb):
         key = "cluster.bundle_limit_mb"
         place = config.origins[key]

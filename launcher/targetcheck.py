@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from dtrain.cluster.errors import Problem
@@ -25,29 +25,14 @@ from dtrain.cluster.nodescript import checking_script
 from dtrain.cluster.zygote import Zygote, ZygoteError
 from dtrain.launcher.bundle import Module
 from dtrain.launcher.scriptcheck import check_script_runs, script_modules
-from dtrain.runtime.config import STREAM_KEYWORDS
 from dtrain.runtime.scriptconfig import ScriptRunConfig
+from dtrain.runtime.targetlist import TargetCheck, faults, target_checks
 
 if TYPE_CHECKING:
     from dtrain.launcher.compose import LaunchConfig
-    from dtrain.runtime.config import RunConfig, Target
 
 _INSTALLED = re.compile(r"/(site|dist)-packages/")
 _MODULE = "dtrain.launcher.targetcheck"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetCheck:
-    """One target and how the runtime will call it."""
-
-    key: str
-    where: str
-    target: str
-    keywords: tuple[str, ...]
-    num_positional: int
-    instance: bool  # called many times, so a class is instantiated with the keywords alone
-    settings: tuple[str, ...] = ()  # of an optimizer's groups
-    offered: tuple[str, ...] = ()  # keywords that the runtime adds where the signature has them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,53 +106,6 @@ def look_at_targets(
     return Checked(problems=problems, modules=modules)
 
 
-def target_checks(run: RunConfig) -> list[TargetCheck]:
-    """Every target of the config, with the way in which the runtime calls it."""
-    from dtrain.runtime.config import Target
-
-    schedule = run.schedule if isinstance(run.schedule, Target) else None
-    table: tuple[tuple[str, Target | None, int, bool], ...] = (
-        ("model", run.model.target, 0, False),
-        ("data.train", run.data.train, 0, False),
-        ("data.eval", run.data.eval, 0, False),
-        ("data.collate", run.data.collate, 1, True),
-        ("data.forward", run.data.forward, 2, True),
-        ("optimizer", run.optimizer.target, 1, False),
-        ("schedule", schedule, 1, False),
-        ("loss", run.loss, 2, True),
-        ("count", run.count, 1, True),
-        ("loss_closure", run.loss_closure, 2, True),
-        ("metrics", run.metrics, 2, True),
-        ("on_end", run.on_end, 1, True),
-    )
-    settings = dict.fromkeys(name for group in run.optimizer.groups for name in group.settings)
-    return [
-        TargetCheck(
-            key=key,
-            where=target.where,
-            target=target.target,
-            keywords=tuple(target.kwargs),
-            num_positional=num_positional,
-            instance=instance,
-            settings=tuple(settings) if key == "optimizer" else (),
-            offered=STREAM_KEYWORDS if key in ("data.train", "data.eval") else (),
-        )
-        for key, target, num_positional, instance in table
-        if target is not None
-    ]
-
-
-def _as_json(check: TargetCheck) -> dict[str, Any]:
-    return {
-        "target": check.target,
-        "keywords": check.keywords,
-        "num_positional": check.num_positional,
-        "instance": check.instance,
-        "settings": check.settings,
-        "offered": check.offered,
-    }
-
-
 # ---- the parent ----
 
 
@@ -196,7 +134,7 @@ def _ask(
     timeout_s: float,
     zygote: Zygote | None,
 ) -> _Answer:
-    request = {"sys_path": list(sys_path), "checks": [_as_json(check) for check in checks]}
+    request = {"sys_path": list(sys_path), "checks": [asdict(check) for check in checks]}
     with tempfile.TemporaryFile() as stderr:
         forked = _run_fork(zygote, request, stderr, timeout_s) if zygote else None
         output, end, timed_out = forked or _run_child(command, json.dumps(request), environ, stderr, timeout_s)
@@ -311,7 +249,7 @@ def answer(request: Mapping[str, Any]) -> NoReturn:
     sys.path[:0] = request["sys_path"]
     for index, check in enumerate(request["checks"]):
         print(json.dumps({"begun": index}), file=answers, flush=True)
-        print(json.dumps({"messages": _messages(check)}), file=answers, flush=True)
+        print(json.dumps({"messages": faults(TargetCheck(**check))}), file=answers, flush=True)
     print(json.dumps({"modules": _brought_in()}), file=answers, flush=True)
     os._exit(0)  # threads or exit handlers of the user's modules have no say
 
@@ -328,16 +266,6 @@ def _brought_in() -> list[dict[str, Any]]:
         if os.path.isabs(place) and not place.startswith(installed) and not _INSTALLED.search(place):
             found.append({"name": name, "folder": os.path.dirname(place), "package": bool(paths)})
     return found
-
-
-def _messages(check: Mapping[str, Any]) -> list[str]:
-    from dtrain.runtime.config import Target
-    from dtrain.runtime.targets import check as check_call
-    from dtrain.runtime.targets import check_settings
-
-    target = Target(target=check["target"], kwargs=dict.fromkeys(check["keywords"]))
-    found = check_call(target, check["num_positional"], instance=check["instance"], offered=check["offered"])
-    return [message for message in (found, check_settings(target, check["settings"])) if message]
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from dtrain.runtime.saving import CheckpointSaves, Restored, restore
 from dtrain.runtime.schedules import make_schedule
 from dtrain.runtime.sources import evaluation_source, training_source
 from dtrain.runtime.stopflag import stop_flag
+from dtrain.runtime.targetlist import refuse_faulty
 from dtrain.runtime.task import Task, autocast, make_task
 from dtrain.runtime.tracking.feed import TrackerFeed
 from dtrain.runtime.trainer import Outcome, Training, train
@@ -87,6 +88,7 @@ def _run(env: WorkerEnv, stop: Callable[[], bool], progress: ProgressWriter, rep
         place = Place(
             env=env, run=run, storage=storage, ranks=ranks, progress=progress, report=report, stop_requested=stop
         )
+        refuse_faulty(config)
         wrapped, chosen = build(config, strategy_config, ranks, env.num_nodes)
         outcome = _train(config, place, wrapped, chosen)
         if outcome is Outcome.DONE:

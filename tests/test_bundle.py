@@ -104,7 +104,7 @@ def test_submodules_are_packed(project: Path, tmp_path: Path) -> None:
 def test_outside_of_git_the_modules_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, other = tmp_path / "exp", tmp_path / "other"
     kept = ("a.py", "b.py", "pkg/m.py", "pkg/words.txt", "pkg/deep/n.py")
-    left = ("cfg.yaml", "data/x.csv", "pkg/.hidden/h.py", "pkg/__pycache__/m.pyc", "unused/u.py")
+    left = ("cfg.yaml", "data/x.csv", "pkg/images/1.png", "pkg/.hidden/h.py", "pkg/__pycache__/m.pyc", "unused/u.py")
     write(folder, dict.fromkeys([*kept, *left], "x"))
     (folder / "pkg" / "weights.bin").write_bytes(bytes(2 << 20))
     write(other, {"c.py": "", "d.py": ""})
