@@ -51,6 +51,31 @@ def rank_runner(environ: dict[str, str] | None = None) -> Iterator[Run]:
         process.wait(30)
 
 
+@contextlib.contextmanager
+def rank_functions(environ: dict[str, str] | None = None) -> Iterator[Callable[..., list[Any]]]:
+    """ask("module.function", world_size, ...): what it returns on each rank; one process, which imports torch once."""
+    with subprocess.Popen(
+        [sys.executable, ASSETS / "rank_functions.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
+
+        def ask(call: str, world_size: int, **kwargs: Any) -> list[Any]:
+            request = {"call": call, "world_size": world_size, "kwargs": kwargs}
+            print(json.dumps(request), file=requests, flush=True)
+            found: list[Any] = json.loads(answers.readline())
+            return found
+
+        yield ask
+        requests.close()
+        process.wait(30)
+
+
 def prepare(folder: Path, *overrides: str, base: dict[str, Any] = PARITY) -> Path:
     """A run directory with the resolved config that a launch would leave there."""
     folder.mkdir(parents=True)
