@@ -11,16 +11,21 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from s3servers import S3Server
 
 MARKER = "DTRAIN_TEST_ID"
 REPO = Path(__file__).resolve().parent.parent
@@ -133,6 +138,22 @@ def _settle(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SETTLE_S
     while not done() and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def radosgw_server() -> Iterator[S3Server]:
+    """Ceph's S3 gateway, started once. Where it can't be installed its tests are skipped, with what is missing."""
+    sys.path.insert(0, str(REPO / "tests" / "assets"))
+    from radosgw import Missing, radosgw
+
+    root = Path(tempfile.mkdtemp(prefix="rg-"))  # a short name, for Unix sockets
+    try:
+        with radosgw(root) as server:
+            yield server
+    except Missing as missing:
+        pytest.skip(str(missing))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
 
 
 @cache
