@@ -33,22 +33,27 @@ FAULTS = (
     "late",  # the client sees a reset, and the server does it a little later, perhaps after the client's next try
 )
 LATE_S = 0.2
+MOST = 3
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """`rate`: the share of requests that meet a fault, one of `faults`; at most `most` of the same request."""
+    """`rate`: the share of tries that meet a fault, one of `faults`; at most `MOST` of the same request. `broken`: the
+    share of requests that meet the same fault however often they are tried."""
 
     seed: int
     rate: float
+    broken: float = 0.0
     faults: Sequence[str] = FAULTS
-    most: int = 3
 
     def fault(self, method: str, key: str, count: int) -> str | None:
         """`count`: how often this was asked before."""
-        rng = random.Random(f"{self.seed} {method} {key} {count}")
-        return rng.choice(list(self.faults)) if count < self.most and rng.random() < self.rate else None
+        always = random.Random(f"{self.seed} {method} {key}")
+        if always.random() < self.broken:
+            return always.choice(self.faults)
+        now = random.Random(f"{self.seed} {method} {key} {count}")
+        return now.choice(self.faults) if count < MOST and now.random() < self.rate else None
 
 
 NO_FAULTS = Schedule(seed=0, rate=0.0)
