@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     garbage = find_garbage(storage, before=before, last_attempt=newest if is_over else newest - 1)
     uploads = 0
     if not args.dry_run:
-        for file in garbage.files:
-            storage.delete(file.key)
+        storage.delete(*[file.key for file in garbage.files])
         uploads = storage.discard_uploads("", before)
     _report(garbage, uploads, place, is_over, args)
     return exits.DONE

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 from dtrain.cluster.errors import AlreadyExists, StorageError, UsageError
 from dtrain.cluster.storage import RETRY_S, ObjectInfo, is_key
@@ -44,8 +46,7 @@ class ObjectStorage:
         if self._creates_only_what_is_absent():
             self._create(key, data)
         else:
-            limits = replace(self._limits, request_s=tickets.WRITE_S / 3, retry_s=tickets.WRITE_S / 2)
-            tickets.put_if_absent(ObjectClient(self._place, limits), key, data)
+            tickets.put_if_absent(self._tickets_client, key, data)
 
     def upload(self, key: str, data: Iterable[memoryview], size_bytes: int) -> None:
         self._check(key)
@@ -87,12 +88,33 @@ class ObjectStorage:
                 pass
 
     def discard_uploads(self, prefix: str, before: float) -> int:
-        """For S3. Azure forgets unfinished uploads after a week; in Google's store a lifecycle rule has to."""
+        """Also probes and tickets. Uploads for S3 only: Azure forgets unfinished ones after a week; in Google's store a
+        lifecycle rule has to."""
+        hidden = [f"{probing.FOLDER}/", f"{tickets.FOLDER}/{prefix}"]
+        old = [info.key for start in hidden for info in self._hidden(start) if info.modified_at < before]
+        for key in old:
+            self._client.remove(key)
         if self._client.account is None:
-            return 0
+            return len(old)
         from dtrain.runtime.stores.uploads import abort_uploads
 
-        return abort_uploads(self._client.account, self._place, self._limits, prefix, before)
+        return len(old) + abort_uploads(self._uploads_client, self._place, prefix, before)
+
+    def _hidden(self, start: str) -> Iterator[ObjectInfo]:
+        found = self._client.listing(start.rpartition("/")[0])
+        return (info for info in found if info.key.startswith(start))
+
+    @cached_property
+    def _uploads_client(self) -> Any:
+        from dtrain.runtime.stores.uploads import make_client
+
+        assert self._client.account is not None
+        return make_client(self._client.account, self._limits)
+
+    @cached_property
+    def _tickets_client(self) -> ObjectClient:
+        limits = replace(self._limits, request_s=tickets.WRITE_S / 3, retry_s=tickets.WRITE_S / 2)
+        return ObjectClient(self._place, limits)
 
     def check_writable(self, timeout_s: float) -> None:
         limits = replace(

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from dtrain.cluster.errors import DtrainError, StorageError, UsageError
 
+FOLDER = ".probe"
 PROBE = b"dtrain was here\n"
 
 
@@ -20,7 +21,7 @@ class Probed(Protocol):
 
 
 def new_probe_key() -> str:
-    return f".probe/{uuid.uuid4().hex}"
+    return f"{FOLDER}/{uuid.uuid4().hex}"
 
 
 def check_writable(store: Probed, url: str, timeout_s: float) -> None:

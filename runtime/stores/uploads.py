@@ -13,11 +13,16 @@ from dtrain.runtime.stores.place import Place
 MAX_RETRIES = 5
 
 
-def abort_uploads(account: Account, place: Place, limits: Limits, prefix: str, before: float) -> int:
-    """Those below the directory `prefix` of `place` that began before `before`, by the store's clock. How many."""
+def make_client(account: Account, limits: Limits) -> Any:
+    """Takes 0.2 s of CPU: worth keeping."""
+    return account.client(connect_s=limits.connect_s, read_s=limits.silent_s, max_retries=MAX_RETRIES)
+
+
+def abort_uploads(client: Any, place: Place, prefix: str, before: float) -> int:
+    """Those below the directory `prefix` of `place` that began before `before`, by the store's clock. How many.
+    `client`: botocore's."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = account.client(connect_s=limits.connect_s, read_s=limits.silent_s, max_retries=MAX_RETRIES)
     whole_prefix = "/".join(part for part in (place.prefix, prefix.rstrip("/")) if part)
     count = 0
     try:
@@ -28,8 +33,6 @@ def abort_uploads(account: Account, place: Place, limits: Limits, prefix: str, b
         if _code(error) == "NotImplemented":  # then there is nothing either that we could have left
             return count
         raise StorageError(f"can't look for unfinished uploads in {place.url}: {error}") from error
-    finally:
-        client.close()
     return count
 
 
@@ -51,4 +54,6 @@ def _abort(client: Any, bucket: str, upload: dict[str, Any]) -> bool:
 
 
 def _code(error: Exception) -> str:
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    """ "" where the store did not answer: then botocore's errors have a `response` that is None, or none."""
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
