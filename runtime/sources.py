@@ -52,7 +52,7 @@ def training_source(
         gather=ranks.gather,
     )
     source.check_state()
-    return source, _data_lines(config, ranks.world_size)
+    return source, _data_lines(config, ranks.world_size, sum(saved.offset for saved in places))
 
 
 def _map_source(
@@ -155,8 +155,9 @@ def _dealing(config: RunConfig, ranks: Ranks) -> Dealing:
     )
 
 
-def _data_lines(config: RunConfig, world_size: int) -> list[str]:
-    """What a person should know of an iterable data set: its length is not known."""
+def _data_lines(config: RunConfig, world_size: int, used: int) -> list[str]:
+    """What a person should know of an iterable data set: its length is not known. `used`: samples of the epochs that
+    the checkpoint is in."""
     streams, resume = config.data.streams, config.data.resume
     together = world_size // num_classes(world_size, streams)  # ranks that read the same streams
     each = f", {streams // world_size} a rank" if together == 1 and world_size > 1 else ""
@@ -167,8 +168,12 @@ def _data_lines(config: RunConfig, world_size: int) -> list[str]:
             f"note      {together} ranks read the same samples and each keeps one in {together}; "
             f"a run with data.streams: {fitting} would read each once"
         )
+    if config.data.workers > 1:
+        lines.append(f"note      one loader process a rank reads an iterable: data.workers is {config.data.workers}")
     if resume == "skip":
-        lines.append("note      data.resume: skip: after an interruption the epoch's used samples are read once more")
+        now = f"; now {used:,} of them" if used else ""
+        lines.append(f"note      data.resume: skip: what an epoch has used is read again after an interruption{now}")
     if resume == "restart":
-        lines.append("note      data.resume: restart: after an interruption each stream begins its epoch again")
+        now = f"; now {used:,} samples come again" if used else ""
+        lines.append(f"note      data.resume: restart: after an interruption each stream begins its epoch again{now}")
     return lines

@@ -15,7 +15,7 @@ import torch.utils.data._utils.worker as torch_worker
 
 from dtrain.cluster.errors import CheckpointError, UsageError
 from dtrain.runtime import streamstate
-from dtrain.runtime.data import Interrupted, explain, seed_everything
+from dtrain.runtime.data import DataError, Interrupted, explain, seed_everything
 from dtrain.runtime.order import mix
 
 _END = object()
@@ -254,7 +254,7 @@ class Stream:
                 self._iterator = iter(self._data)
             if saved is not None and saved.holder == "iterator":
                 self._put_back(self._iterator, saved)
-        except UsageError:
+        except (DataError, UsageError):
             raise
         except Exception as error:
             raise explain(f"{self._name}, at the beginning of its epoch {self._epoch}", error) from error
@@ -265,7 +265,11 @@ class Stream:
                 f"{self._name}: the checkpoint holds the state of its {saved.holder}, a {type(holder).__name__} that "
                 "has no load_state_dict() now. Set data.resume: skip, or restart"
             )
-        holder.load_state_dict(streamstate.decode(saved.state))
+        try:
+            holder.load_state_dict(streamstate.decode(saved.state))
+        except Exception as error:
+            what = f"load_state_dict() of {self._name}, after {saved.offset} samples of epoch {saved.epoch}"
+            raise explain(what, error) from error
 
     def _open(self) -> Any:
         if self._data is None:

@@ -209,7 +209,7 @@ def test_restart_begins_the_epoch_again() -> None:
         again = job.run(2)
     epoch = [sample for step in first for sample in step][35:]
     assert [s[1:3] for s in again[0]] == [s[1:3] for s in epoch[:6]]
-    assert any("begins its epoch again" in line for line in job.lines)
+    assert any("begins its epoch again; now 13 samples come again" in line for line in job.lines)
 
 
 @given(
@@ -391,3 +391,14 @@ def test_tensors_and_arrays_come_back_as_they_were() -> None:
         assert str(again) == str(array)
     with pytest.raises(CheckpointError, match=r"\$numpy"):
         streamstate.decode({"$numpy": ["O", [1], "AAAA"]})
+
+
+def test_a_state_that_cant_be_put_back_says_whose_it_is() -> None:
+    with Job(config("Files"), 1) as job:
+        job.run(3)
+        place = job.place()
+    place["streams"][2]["state"] = {"read": 4}
+    with pytest.raises(
+        DataError, match=r"load_state_dict\(\) of stream 2 of data.train, after 4 samples of epoch 0: Key"
+    ):
+        Job(config("Files"), 1, step=3, place=place).run(1)
