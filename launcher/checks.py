@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import Problem, UsageError
 from dtrain.cluster.jobplan import ClusterConfig
-from dtrain.cluster.storage import open_storage
+from dtrain.cluster.storage import open_storage, scheme_of
 from dtrain.launcher.nodechecks import check_nodes
 from dtrain.launcher.topology import shape_nodes
 from dtrain.runtime.config import CheckpointConfig, DataConfig, ScheduleConfig, Target, TrainConfig
@@ -175,6 +175,11 @@ def _places(run_dir: str, checkpoint: CheckpointConfig) -> Found:
     except UsageError as error:
         yield "checkpoint.url", str(error).removeprefix("checkpoint.url: ")
         return
+    if scheme_of(checkpoint.url) == "memory":
+        yield (
+            "checkpoint.url",
+            "memory:// is seen by the process that writes it and no other. Choose another store.",
+        )
     parts = urlsplit(checkpoint.url)
     path = Path(unquote(parts.path)) if "://" in checkpoint.url else Path(checkpoint.url)
     if parts.scheme not in ("", "file") or (run_obstacle and path.is_relative_to(run_dir)):

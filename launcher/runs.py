@@ -12,7 +12,7 @@ from dtrain.cluster.backends import Backend, get_backend
 from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import Control, RunDir, read_json
-from dtrain.cluster.storage import open_storage
+from dtrain.cluster.storage import IMPATIENT_RETRY_S, open_storage
 from dtrain.launcher import labels
 from dtrain.launcher.console import plural
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo, live_checkpoints, newest_live
@@ -52,13 +52,13 @@ class Job:
 
 def newest_checkpoint(url: str) -> CheckpointInfo | None:
     """The newest live checkpoint under `url`, None where there is none. Raises StorageError, CheckpointError."""
-    return newest_live(live_checkpoints(open_storage(url)))
+    return newest_live(live_checkpoints(open_storage(url, retry_s=IMPATIENT_RETRY_S)))
 
 
 def describe_checkpoint(url: str, info: CheckpointInfo) -> str:
     """By which layout it was saved: `attempt 1: ddp on 3 ranks`."""
     try:
-        manifest = decode_manifest(open_storage(url).get(manifest_key(info.dir)), info.dir)
+        manifest = decode_manifest(open_storage(url, retry_s=IMPATIENT_RETRY_S).get(manifest_key(info.dir)), info.dir)
     except DtrainError:
         return f"attempt {info.attempt}; its manifest can't be read"
     return f"attempt {info.attempt}: {manifest.strategy.get('name', '?')} on {plural(manifest.world_size, 'rank')}"

@@ -28,6 +28,7 @@ from dtrain.launcher.plan import make_plan
 from dtrain.launcher.runs import Job, read_job
 from dtrain.launcher.screen import make_screen, saying
 from dtrain.launcher.state import read_status
+from dtrain.launcher.storecheck import check_store
 from dtrain.launcher.submit import Settled, gather_code, header, new_job_id, pack_code, record, settle, submit
 from dtrain.launcher.targetcheck import look_at_targets
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     if args.here:
         first = _as_one_rank(args, first)
     plan = _plan(args, first)
+    if not args.dry_run:
+        check_store(first)
     if (settled := _known_by_its_files(args, first, plan)) is not None:
         return _say_nothing_to_do(plan, settled)
     with ExitStack() as preloaded:

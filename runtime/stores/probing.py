@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid
 from typing import Protocol
@@ -24,6 +25,9 @@ def new_probe_key() -> str:
     return f"{FOLDER}/{uuid.uuid4().hex}"
 
 
+_KEY = re.compile(r"\.probe/[0-9a-f]{32}")
+
+
 def check_writable(store: Probed, url: str, timeout_s: float) -> None:
     """Writes, reads and deletes a small object. Raises UsageError, after `timeout_s` seconds at the latest."""
     errors: list[BaseException] = []
@@ -43,7 +47,7 @@ def check_writable(store: Probed, url: str, timeout_s: float) -> None:
     if errors:
         error = errors[0]
         if isinstance(error, DtrainError):
-            raise UsageError(str(error)) from error
+            raise UsageError(_KEY.sub("a small object", str(error))) from error
         raise error
 
 

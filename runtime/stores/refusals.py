@@ -19,6 +19,12 @@ _EXPIRED = "the session's credentials have expired. Log in again, or renew AWS_S
 _MISSING = "there is no {word} {bucket}. Make it, or choose another in checkpoint.url"
 _RIGHTS = "these credentials do not have the right. Ask for reading, writing, listing and deleting in {word} {bucket}"
 
+_METADATA = "//169.254.169.254"  # every cloud's, where a machine asks who it is
+_NO_ROLE = (
+    "no credentials were found, and this machine has no role of its own. Set GOOGLE_APPLICATION_CREDENTIALS, or "
+    "AZURE_STORAGE_ACCOUNT_KEY"
+)
+
 # By the code in the store's answer.
 _CODES = {
     "NoSuchBucket": _MISSING,
@@ -42,8 +48,7 @@ _STATUSES = {
     "307": _REGION,
     "401": "the store does not know these credentials. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "403": _RIGHTS,
-    "404": "there is no such thing",
-    "411": "the store refuses the request",
+    "404": "what answers there knows no {word} {bucket}. Is it an object store? Check AWS_ENDPOINT_URL",
     "429": "the store is too busy, also after several tries. Try again later",
     "503": "the store is too busy, also after several tries. Try again later",
     "507": "the store is full. Free space there, or lower checkpoint.keep",
@@ -66,7 +71,7 @@ def in_words(error: BaseException, what: str, place: Place) -> StorageError:
     text = str(error)
     server = _URL.search(text)
     at = f" (at {server[0]})" if server else ""
-    cause = _cause(text).format(word=place.word, bucket=place.bucket)
+    cause = (_NO_ROLE if _METADATA in at else _cause(text)).format(word=place.word, bucket=place.bucket)
     return StorageError(f"can't {what} in {place.url}{at}: {cause}")
 
 

@@ -11,6 +11,8 @@ from dtrain.runtime.stores.limits import Limits
 from dtrain.runtime.stores.place import Place
 
 MAX_RETRIES = 5
+# The store has no such uploads, so we left none; or it has none in this bucket (as rclone 1.75 puts it).
+_NONE = ("NotImplemented", "NoSuchUpload")
 
 
 def make_client(account: Account, limits: Limits) -> Any:
@@ -30,7 +32,7 @@ def abort_uploads(client: Any, place: Place, prefix: str, before: float) -> int:
             if upload["Initiated"].timestamp() < before and _abort(client, place.bucket, upload):
                 count += 1
     except (BotoCoreError, ClientError) as error:
-        if _code(error) == "NotImplemented":  # then there is nothing either that we could have left
+        if _code(error) in _NONE:
             return count
         raise StorageError(f"can't look for unfinished uploads in {place.url}: {error}") from error
     return count

@@ -1,0 +1,25 @@
+"""Whether checkpoints can be written where the config wants them, tried for real before anything starts. For stores
+behind a network; a directory is looked at by launcher/checks.py, without touching it."""
+
+from __future__ import annotations
+
+from dtrain.cluster.errors import ConfigError, Problem, UsageError
+from dtrain.cluster.storage import open_storage, scheme_of
+from dtrain.launcher.compose import LaunchConfig
+from dtrain.launcher.screen import saying
+
+TIMEOUT_S = 15.0
+KEY = "checkpoint.url"
+
+
+def check_store(config: LaunchConfig) -> None:
+    """Raises ConfigError with the place of checkpoint.url, after TIMEOUT_S at the latest."""
+    url = config.content.checkpoint.url
+    if scheme_of(url) == "file":
+        return
+    try:
+        with saying(f"{config.name}: trying {url} ..."):
+            open_storage(url).check_writable(TIMEOUT_S)
+    except UsageError as error:
+        problem = Problem(where=config.origins.get(KEY, ""), key=KEY, message=str(error))
+        raise ConfigError([problem]) from error
