@@ -11,6 +11,7 @@ from dtrain.cluster.errors import DtrainError, StorageError, UsageError
 
 FOLDER = ".probe"
 PROBE = b"dtrain was here\n"
+_KEY = re.compile(rf"{re.escape(FOLDER)}/[0-9a-f]{{32}}")
 
 
 class Probed(Protocol):
@@ -23,9 +24,6 @@ class Probed(Protocol):
 
 def new_probe_key() -> str:
     return f"{FOLDER}/{uuid.uuid4().hex}"
-
-
-_KEY = re.compile(r"\.probe/[0-9a-f]{32}")
 
 
 def check_writable(store: Probed, url: str, timeout_s: float) -> None:
