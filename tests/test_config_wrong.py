@@ -193,7 +193,7 @@ CASES = [
     _one("warm-up beyond the end", 5, "schedule.warmup", "20 steps are more than train.steps 10",
          "schedule: {warmup: 20}"),
     _one("wsd without decay", 5, "schedule.decay", "For example: decay: 2", "schedule: wsd"),
-    _one("unknown store", 5, "checkpoint.url", "no store for ftp://", "checkpoint: {url: ftp://host/x}"),
+    _one("unknown store", 5, "checkpoint.url", "no store for gopher://", "checkpoint: {url: gopher://host/x}"),
     _one("run_dir is a file", 5, "run_dir", "is a file", "run_dir: mine.py"),
     _one("run_dir below a file", 5, "run_dir", "mine.py is a file, and a directory is needed", "run_dir: mine.py/run"),
     _one("a rank in env", 5, "cluster.env.RANK", "is set by dtrain", "cluster: {env: {RANK: 3}}"),

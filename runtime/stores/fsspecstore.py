@@ -8,6 +8,7 @@ tickets.py, and where a file can be seen while it is being written it is written
 from __future__ import annotations
 
 import contextlib
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -35,14 +36,34 @@ _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "crea
 
 
 class FsspecStorage:
-    """Retries and timeouts are the file system's own. Memory: what its writer buffers, and one read."""
+    """Retries and timeouts are the file system's own. Memory: what its writer buffers, and one read. Constructing asks
+    nothing; some file systems connect with the first request."""
 
     def __init__(self, url: str, *, retry_s: float = RETRY_S) -> None:
         """Raises UsageError for a URL that no file system takes, and where its package is missing."""
         refuse_secrets(url)
         self.url = url.rstrip("/")
-        self._fs, self._root = _open(url)
-        self._has_objects = bool(_OBJECTS & set(_protocols(self._fs)))
+        self._scheme = _known_scheme(url)
+        self._lock = threading.Lock()
+        self._opened: tuple[Any, str] | None = None
+
+    @property
+    def _fs(self) -> Any:
+        return self._open()[0]
+
+    @property
+    def _root(self) -> str:
+        return self._open()[1]
+
+    def _open(self) -> tuple[Any, str]:
+        with self._lock:
+            if self._opened is None:
+                self._opened = _open(self.url, self._scheme)
+            return self._opened
+
+    @property
+    def _has_objects(self) -> bool:
+        return self._scheme in _OBJECTS
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         self._check(key)
@@ -110,7 +131,7 @@ class FsspecStorage:
 
     def discard_uploads(self, prefix: str, before: float) -> int:
         """For s3fs the unfinished uploads of that protocol, elsewhere our own hidden files."""
-        if {"s3", "s3a"} & set(_protocols(self._fs)):
+        if self._scheme in ("s3", "s3a"):
             from dtrain.runtime.stores.objects import ObjectStorage
 
             return ObjectStorage(f"s3://{self._root}").discard_uploads(prefix, before)
@@ -246,25 +267,29 @@ class _Plain:
         return self._storage._listing(directory)
 
 
-def _open(url: str) -> tuple[Any, str]:
+def _known_scheme(url: str) -> str:
+    import fsspec
+
+    scheme = url.removeprefix(FORCED).partition("://")[0]
+    if scheme not in fsspec.available_protocols():
+        raise UsageError(f"no store for {scheme}:// ({url}). Known: file, s3, gs, az, and all that fsspec knows.")
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise UsageError(f"{scheme}:// needs a package that is not installed: {error}") from error
+    return scheme
+
+
+def _open(url: str, scheme: str) -> tuple[Any, str]:
     """The file system, and the root in it without a slash at its end."""
     import fsspec
 
-    plain = url.removeprefix(FORCED)
-    scheme = plain.partition("://")[0]
-    if scheme not in fsspec.available_protocols():
-        raise UsageError(f"no store for {scheme}:// ({url}). Known: file, s3, gs, az, and all that fsspec knows.")
+    # Neither listings nor clients may be remembered: others write to the store, and its address may change.
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True} if scheme in _OBJECTS else {}
     if scheme in ("s3", "s3a"):
         options |= _S3_OPTIONS
     try:
-        fs, root = fsspec.core.url_to_fs(plain, **options)
-    except ImportError as error:
-        raise UsageError(f"{scheme}:// needs a package that is not installed: {error}") from error
+        fs, root = fsspec.core.url_to_fs(url.removeprefix(FORCED), **options)
     except Exception as error:  # whatever its constructor raises: some connect at once
-        raise UsageError(f"{url} can't be opened: {type(error).__name__}: {error}") from error
+        raise StorageError(f"{url} can't be opened: {type(error).__name__}: {error}") from error
     return fs, str(root).rstrip("/")
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
