@@ -177,7 +177,10 @@ class Agent:
     async def _claim(self, term: int) -> None:
         """Becomes the coordinator of `term`, unless another node was faster."""
         coordinator = Coordinator(self._job, term)
-        address = await coordinator.open(self._options.node_rank, socket.gethostname())
+        try:
+            address = await coordinator.open(self._options.node_rank, socket.gethostname())
+        except UsageError as error:
+            raise NodeError(str(error)) from error
         if not write_once(self._control.coordinator(term), address.to_json(), 0o600):
             await coordinator.close()
             return

@@ -372,6 +372,26 @@ def test_a_run_with_all_of_it(toy: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.e2e
+def test_ports_that_are_all_taken_end_the_job(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with listening_socket("127.0.0.1", None) as one:
+        first = int(one.getsockname()[1])
+        with listening_socket("127.0.0.1", (first, first + 5)) as two:
+            ports = [first, int(two.getsockname()[1])]
+            taken = [listening_socket("127.0.0.1", (port, port)) for port in range(ports[0] + 1, ports[1])]
+            try:
+                words = [f"cluster.port_range={ports}", "cluster.setup=[]"]
+                assert cli.main(["launch", "toy.yaml", *words]) == 93
+            finally:
+                for server in taken:
+                    server.close()
+    said = capsys.readouterr().out
+    assert (
+        f"cluster.port_range: all {ports[1] - ports[0] + 1} ports {ports[0]} to {ports[1]} of 127.0.0.1 are taken"
+        in said
+    )
+
+
+@pytest.mark.e2e
 def test_a_node_whose_setup_fails_ends_the_job_for_all(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At submit and on the first node that comes it works, on the other one not."""
     line = "printf x >>tries; [ $(wc -c <tries) -lt 3 ]"
