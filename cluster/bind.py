@@ -130,7 +130,10 @@ def _bind_union(hint: Any, node: Node, key: str, metadata: Mapping[str, Any], pr
         return None
     arms = [arm for arm in arms if arm is not type(None)]
     classes = [arm for arm in arms if dataclasses.is_dataclass(arm)]
-    if classes and (len(classes) == len(arms) or isinstance(node.value, dict)):
+    lists = [arm for arm in arms if typing.get_origin(arm) is tuple]
+    if classes and lists and isinstance(node.value, list):
+        return _bind_one(lists[0], node, key, metadata, problems)
+    if classes and (len(classes) + len(lists) == len(arms) or isinstance(node.value, dict)):
         return _bind_class(_choose(classes, node), node, key, problems)
     if len(arms) == 1:
         return _bind_one(arms[0], node, key, metadata, problems)

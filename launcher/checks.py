@@ -18,7 +18,15 @@ from dtrain.cluster.jobplan import ClusterConfig
 from dtrain.cluster.storage import open_storage, scheme_of
 from dtrain.launcher.nodechecks import check_nodes
 from dtrain.launcher.topology import shape_nodes
-from dtrain.runtime.config import CheckpointConfig, DataConfig, ScheduleConfig, Target, TrainConfig
+from dtrain.runtime.config import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    Schedules,
+    Target,
+    TrainConfig,
+)
 from dtrain.runtime.tracking.feed import PACKAGES
 from dtrain.strategies.caps import CAPS, refused
 from dtrain.strategies.config import StrategyConfig
@@ -50,7 +58,7 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
 
     checks: tuple[tuple[tuple[str, ...], Callable[..., Found]], ...] = (
         (("train", "data"), _batches),
-        (("train", "schedule"), _schedule),
+        (("train", "schedule", "optimizer"), _schedules),
         (("train", "data", "metrics", "checkpoint"), _evaluations),
         (("data", "loss", "loss_closure", "metrics"), _closure),
         (("strategy", "cluster"), check_cluster),
@@ -105,22 +113,54 @@ def _closure(data: DataConfig, loss: Target | None, closure: Target | None, metr
         yield "metrics", f"needs the model's output, which loss_closure keeps to itself. {without}"
 
 
-def _schedule(train: TrainConfig, schedule: ScheduleConfig | Target) -> Found:
-    if isinstance(schedule, Target):
+def _schedules(train: TrainConfig, schedule: Schedules | Target, optimizer: OptimizerConfig) -> Found:
+    if not isinstance(schedule, Target):
+        yield from _parts("schedule", schedule, train.steps)
+    for number, group in enumerate(optimizer.groups):
+        key = f"optimizer.groups.{number}.schedule"
+        if group.schedule is not None and isinstance(schedule, Target):
+            yield key, f"{schedule.target} sets the rates of all groups. Leave one of the two schedules out."
+        elif group.schedule is not None:
+            yield from _parts(key, group.schedule, train.steps)
+
+
+def _parts(key: str, schedule: Schedules, steps: int) -> Found:
+    """One schedule, or several of which one follows another."""
+    if not isinstance(schedule, tuple):
+        if schedule.steps is not None:
+            yield f"{key}.steps", "belongs to a list of schedules; this one lasts for the whole run. Leave it out."
+        yield from _schedule(key, schedule, steps, "train.steps")
         return
-    steps = f"train.steps {train.steps}"
-    if schedule.warmup > train.steps:
-        yield "schedule.warmup", f"{schedule.warmup} steps are more than {steps}. Set fewer."
+    if not schedule:
+        yield key, "is an empty list. Leave it out for a constant rate."
+        return
+    left = steps
+    for number, part in enumerate(schedule[:-1]):
+        if part.steps is None:
+            yield f"{key}.{number}.steps", "is required of all but the last: how many steps this schedule lasts."
+            return
+        yield from _schedule(f"{key}.{number}", part, part.steps, "its steps")
+        left -= part.steps
+    last = f"{key}.{len(schedule) - 1}"
+    if left <= 0:
+        yield last, f"never begins: those before it last {steps - left} steps, and train.steps is {steps}."
+    elif schedule[-1].steps is not None:
+        yield f"{last}.steps", f"the last one lasts for the {left} steps that are left. Leave it out."
+    else:
+        yield from _schedule(last, schedule[-1], left, "the steps that are left for it,")
+
+
+def _schedule(key: str, schedule: ScheduleConfig, length: int, of_what: str) -> Found:
+    steps = f"{of_what} {length}"
+    if schedule.warmup > length:
+        yield f"{key}.warmup", f"{schedule.warmup} steps are more than {steps}. Set fewer."
     if schedule.name == "wsd" and schedule.decay == 0:
-        yield (
-            "schedule.decay",
-            f"wsd needs the number of its last steps. For example: decay: {max(1, train.steps // 5)}",
-        )
+        yield f"{key}.decay", f"wsd needs the number of its last steps. For example: decay: {max(1, length // 5)}"
     elif schedule.name != "wsd" and schedule.decay:
-        yield "schedule.decay", f"belongs to wsd; {schedule.name} decays by itself. Leave it out, or set name: wsd."
-    elif schedule.warmup <= train.steps < schedule.warmup + schedule.decay:
+        yield f"{key}.decay", f"belongs to wsd; {schedule.name} decays by itself. Leave it out, or set name: wsd."
+    elif schedule.warmup <= length < schedule.warmup + schedule.decay:
         both = f"warmup {schedule.warmup} + decay {schedule.decay} = {schedule.warmup + schedule.decay} steps"
-        yield "schedule.decay", f"{both}, but {steps}. Set fewer."
+        yield f"{key}.decay", f"{both}, but {steps}. Set fewer."
 
 
 def _cluster(strategy: StrategyConfig, cluster: ClusterConfig, gpus: int, cores: int) -> Found:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from dtrain.cluster.bind import bind, bind_fields, schema_of
+from dtrain.cluster.bind import bind, bind_fields, plain, schema_of
 from dtrain.cluster.configfile import Node, describe, is_broken, read_file, to_plain
 from dtrain.cluster.errors import ConfigError, Problem
 from dtrain.cluster.layers import TARGET_KEY
@@ -26,11 +26,40 @@ _UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """Built-in schedules are pure functions of the step. `schedule: cosine` is short for `{name: cosine}`; in a list of
+    them one follows another, as in `[{name: constant, steps: 1000}, {name: cosine}]`."""
+
+    SHORT: ClassVar[str] = "name"
+
+    name: Literal["constant", "linear", "cosine", "wsd"] = field(
+        default="constant",
+        metadata={"doc": "how the learning rate goes after the warm-up; wsd: warm-up, stable, decay"},
+    )
+    warmup: int = field(default=0, metadata={"doc": "steps of linear rise from 0", "min": 0})
+    decay: int = field(default=0, metadata={"doc": "wsd: the last steps, in which the rate falls", "min": 0})
+    min_ratio: float = field(
+        default=0.0, metadata={"doc": "the rate at the end over the peak rate", "min": 0.0, "max": 1.0}
+    )
+    steps: int | None = field(
+        default=None,
+        metadata={
+            "doc": "in a list: how many steps it lasts, at the end of which the next begins; not of the last",
+            "min": 1,
+        },
+    )
+
+
+Schedules = ScheduleConfig | tuple[ScheduleConfig, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParamGroup:
     """One of `optimizer.groups`: the parameters that match get these settings; the first match wins."""
 
     match: str = field(metadata={"doc": "a pattern over fully qualified parameter names, like `*.bias`"})
     settings: dict[str, Any]
+    schedule: Schedules | None = field(default=None, metadata={"doc": "in the place of the run's schedule"})
 
     @classmethod
     def from_node(cls, node: Node, key: str) -> tuple[ParamGroup | None, list[Problem]]:
@@ -50,10 +79,14 @@ class ParamGroup:
             return None, [Problem(where=node.where, key=key, message=f"the group of {match.value!r} {what}.")]
         if is_broken(node):
             return None, []
-        return cls(match=match.value, settings={word: to_plain(child) for word, child in rest.items()}), []
+        own = Node({"schedule": rest.pop("schedule", Node(None, node.where))}, node.where)
+        bound, problems = bind_fields({"schedule": schema_of(cls)["schedule"]}, own, key)
+        settings = {word: to_plain(child) for word, child in rest.items()}
+        return None if problems else cls(match=match.value, settings=settings, **bound), problems
 
     def to_plain(self) -> dict[str, Any]:
-        return {"match": self.match, **self.settings}
+        schedule = {} if self.schedule is None else {"schedule": plain(self.schedule)}
+        return {"match": self.match, **self.settings, **schedule}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +97,8 @@ class OptimizerConfig:
 
     target: Target = field(metadata={"doc": "called with the parameters first, like `torch.optim.AdamW`"})
     groups: tuple[ParamGroup, ...] = field(
-        default=(), metadata={"doc": "`[{match: PATTERN, weight_decay: 0, ...}]`: other settings for some parameters"}
+        default=(),
+        metadata={"doc": "`[{match: PATTERN, weight_decay: 0, ...}]`: other settings, or another schedule, for some"},
     )
 
     @classmethod
@@ -81,23 +115,6 @@ class OptimizerConfig:
     def to_plain(self) -> dict[str, Any]:
         groups = {"groups": [group.to_plain() for group in self.groups]} if self.groups else {}
         return {**self.target.to_plain(), **groups}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduleConfig:
-    """Built-in schedules are pure functions of the step. `schedule: cosine` is short for `{name: cosine}`."""
-
-    SHORT: ClassVar[str] = "name"
-
-    name: Literal["constant", "linear", "cosine", "wsd"] = field(
-        default="constant",
-        metadata={"doc": "how the learning rate goes after the warm-up; wsd: warm-up, stable, decay"},
-    )
-    warmup: int = field(default=0, metadata={"doc": "steps of linear rise from 0", "min": 0})
-    decay: int = field(default=0, metadata={"doc": "wsd: the last steps, in which the rate falls", "min": 0})
-    min_ratio: float = field(
-        default=0.0, metadata={"doc": "the rate at the end over the peak rate", "min": 0.0, "max": 1.0}
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,9 +343,11 @@ class RunConfig:
             "evaluation"
         },
     )
-    schedule: ScheduleConfig | Target = field(
+    schedule: ScheduleConfig | Target | tuple[ScheduleConfig, ...] = field(
         default_factory=ScheduleConfig,
-        metadata={"doc": "a built-in learning-rate schedule, or callable(optimizer, ...) -> LRScheduler"},
+        metadata={
+            "doc": "a built-in learning-rate schedule, a list of them, or callable(optimizer, ...) -> LRScheduler"
+        },
     )
     checkpoint: CheckpointConfig = field(
         default_factory=CheckpointConfig, metadata={"doc": "where and how often the state is saved"}

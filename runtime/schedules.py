@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
-from dtrain.runtime.config import ScheduleConfig, Target
+from dtrain.runtime.config import ParamGroup, ScheduleConfig, Schedules, Target
 
 
 class Schedule(Protocol):
@@ -41,18 +42,31 @@ def factor(config: ScheduleConfig, step: int, steps: int) -> float:
             return 1.0 + (low - 1.0) * fall
 
 
+def ratio(schedules: Schedules, step: int, steps: int) -> float:
+    """As factor, where several follow one another: each but the last for its own number of steps."""
+    parts = schedules if isinstance(schedules, tuple) else (schedules,)
+    begun = 0
+    for part in parts[:-1]:
+        length = part.steps or 0
+        if step <= begun + length:
+            return factor(part, step - begun, length)
+        begun += length
+    return factor(parts[-1], step - begun, steps - begun)
+
+
 class PureSchedule:
-    def __init__(self, config: ScheduleConfig, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        self._config = config
+    def __init__(self, schedules: Sequence[Schedules], optimizer: torch.optim.Optimizer, steps: int) -> None:
+        """`schedules`: one for each of the optimizer's groups."""
+        self._schedules = schedules
         self._optimizer = optimizer
         self._steps = steps
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set_rate(self, step: int) -> float:
-        ratio = factor(self._config, step, self._steps)
-        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * ratio
-        return self._peaks[0] * ratio
+        groups = self._optimizer.param_groups
+        for group, peak, schedule in zip(groups, self._peaks, self._schedules, strict=True):
+            group["lr"] = peak * ratio(schedule, step, self._steps)
+        return float(groups[0]["lr"])
 
 
 class ReplayedSchedule:
@@ -89,9 +103,21 @@ def _build(target: Target, optimizer: torch.optim.Optimizer) -> torch.optim.lr_s
 
 
 def make_schedule(
-    config: ScheduleConfig | Target, optimizer: torch.optim.Optimizer, steps: int, start_step: int
+    config: Schedules | Target,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    start_step: int,
+    groups: Sequence[ParamGroup] = (),
 ) -> Schedule:
-    """Call it before optimizer state is loaded: it reads the peak rates of the groups."""
+    """Call it before optimizer state is loaded: it reads the peak rates of the groups. `groups`: those of the config,
+    of which some may have a schedule of their own."""
     if isinstance(config, Target):
         return ReplayedSchedule(config, optimizer, start_step)
-    return PureSchedule(config, optimizer, steps)
+    rest = len(optimizer.param_groups) - len(groups)  # build.py puts the parameters without a pattern first
+    if any(group.schedule for group in groups) and rest not in (0, 1):
+        raise UsageError(
+            f"optimizer.groups: {type(optimizer).__name__} made {len(optimizer.param_groups)} groups of "
+            f"{len(groups)} patterns, so it can't be told which one has which schedule. Leave the groups' schedules out"
+        )
+    own = [group.schedule or config for group in groups] if rest in (0, 1) else []
+    return PureSchedule([config] * (len(optimizer.param_groups) - len(own)) + own, optimizer, steps)

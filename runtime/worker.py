@@ -98,7 +98,9 @@ def _run(env: WorkerEnv, stop: Callable[[], bool], progress: ProgressWriter, rep
 
 def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) -> Outcome:
     env, ranks = place.env, place.ranks
-    schedule = make_schedule(config.schedule, wrapped.optimizer, config.train.steps, env.resume_step)
+    schedule = make_schedule(
+        config.schedule, wrapped.optimizer, config.train.steps, env.resume_step, config.optimizer.groups
+    )
     restored = _restore(place, wrapped)
     weights = [] if restored else _initialize(config, place, wrapped, chosen)
     start_step = restored.step if restored else 0

@@ -18,7 +18,15 @@ from dtrain.launcher import cli, reference
 from dtrain.launcher.compose import LaunchConfig, diff_identity, dump_resolved, fingerprint, load_config
 from dtrain.launcher.plan import make_plan
 from dtrain.launcher.topology import NodeShape, shape_nodes
-from dtrain.runtime.config import Interval, OptimizerConfig, ParamGroup, Target, parse_interval, read_run_config
+from dtrain.runtime.config import (
+    Interval,
+    OptimizerConfig,
+    ParamGroup,
+    ScheduleConfig,
+    Target,
+    parse_interval,
+    read_run_config,
+)
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.layout import check_layout, fsdp_degrees
 
@@ -96,7 +104,7 @@ def test_options_win_over_words_over_file() -> None:
 )
 def test_short_forms_merge_and_replace(words: list[str], schedule: tuple[str, int]) -> None:
     found = load_config("cfg.yaml", words).run.schedule
-    assert not isinstance(found, Target)
+    assert isinstance(found, ScheduleConfig)
     assert (found.name, found.warmup) == schedule
 
 

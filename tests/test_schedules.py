@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dtrain.cluster.errors import UsageError
-from dtrain.runtime.config import ScheduleConfig, Target
-from dtrain.runtime.schedules import factor, make_schedule
+from dtrain.runtime.config import ParamGroup, ScheduleConfig, Target
+from dtrain.runtime.schedules import factor, make_schedule, ratio
 
 
 def rates(config: ScheduleConfig, steps: int) -> list[float]:
@@ -58,3 +58,33 @@ def test_what_is_no_function_of_the_step_is_refused(name: str) -> None:
     optimizer: Any = make_optimizer() if name != "builtins.list" else ()
     with pytest.raises(UsageError, match="schedule"):
         make_schedule(Target(target=name, kwargs={}), optimizer, 10, 0)
+
+
+def test_one_schedule_after_another() -> None:
+    parts = (ScheduleConfig(name="constant", warmup=2, steps=4), ScheduleConfig(name="linear", min_ratio=0.5, steps=2),
+             ScheduleConfig(name="cosine"))  # fmt: skip
+    found = [ratio(parts, step, 10) for step in range(1, 11)]
+    assert found[:6] == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.75, 0.5])
+    assert found[6:] == pytest.approx(rates(ScheduleConfig(name="cosine"), 4))
+
+
+def test_a_group_with_a_schedule_of_its_own() -> None:
+    """By number: the group without a pattern comes first, where parameters are left for it."""
+    first, second = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    groups = (ParamGroup(match="a", settings={"lr": 0.1}, schedule=ScheduleConfig(warmup=4)),)
+    both: list[dict[str, Any]] = [{"params": [first]}, {"params": [second], "lr": 0.1}]
+    optimizer = torch.optim.SGD(both, lr=1.0)
+    schedule = make_schedule(ScheduleConfig(name="linear"), optimizer, 4, 0, groups)
+    assert schedule.set_rate(1) == 0.75
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.75, 0.025])
+    only = torch.optim.SGD([{"params": [first, second], "lr": 0.1}], lr=1.0)
+    assert make_schedule(ScheduleConfig(name="linear"), only, 4, 0, groups).set_rate(2) == pytest.approx(0.05)
+
+
+def test_an_optimizer_that_makes_groups_of_its_own() -> None:
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(4)], lr=1.0)
+    plain = (ParamGroup(match="a", settings={"lr": 1.0}),)
+    assert make_schedule(ScheduleConfig(name="linear"), optimizer, 4, 0, plain).set_rate(1) == 0.75
+    own = (ParamGroup(match="a", settings={}, schedule=ScheduleConfig()),)
+    with pytest.raises(UsageError, match="SGD made 4 groups of 1 patterns"):
+        make_schedule(ScheduleConfig(name="linear"), optimizer, 4, 0, own)

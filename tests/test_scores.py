@@ -115,9 +115,10 @@ def test_a_broken_score_is_none(store: FileStorage, raw: bytes) -> None:
 
 
 def test_a_save_that_failed_is_not_rated(store: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        FileStorage, "open_writer", lambda self, key, size_bytes: (_ for _ in ()).throw(OSError("full"))
-    )
+    def full(*_: object) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(FileStorage, "upload", full)
     saves = checkpointer(store, 1, LOW)
     saves.save(1, SPECS, {"model.weight": [(whole((1, 1)), torch.ones(1, 1))]}, {})
     saves.rate(1, 1, {"loss": 1.0})
