@@ -97,3 +97,11 @@ def test_progress_clears_the_count_and_a_damaged_checkpoint_does_not_count() -> 
 def test_the_next_coordinator_reads_what_this_one_knew() -> None:
     memory = Memory(attempt=4, running=True, reached=7, stuck=1, signature="x", skip=((40, 2), (30, 1)), stop="cancel")
     assert Memory.from_json(json.loads(memory.to_json())) == memory
+
+
+def test_the_reason_of_a_run_that_stopped_early_is_kept() -> None:
+    outcome = Outcome(reached=9, codes=frozenset({0}), stopped_early="stopped early at step 8")
+    assert (decide(Memory(), outcome, 3).state, decide(Memory(), outcome, 3).reason) == (
+        "done",
+        "stopped early at step 8",
+    )

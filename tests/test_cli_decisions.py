@@ -10,8 +10,12 @@ from dtrain.launcher.identity import Existing, decide
 from dtrain.launcher.state import STARTING_S, Facts, derive
 
 
-def existing(state: str, step: int = 40, changed: tuple[str, ...] = (), others: tuple[str, ...] = ()) -> Existing:
-    return Existing(job_id="local-1", state=state, step=step, identity_lines=changed, other_lines=others)
+def existing(
+    state: str, step: int = 40, changed: tuple[str, ...] = (), others: tuple[str, ...] = (), early: str = ""
+) -> Existing:
+    return Existing(
+        job_id="local-1", state=state, step=step, identity_lines=changed, other_lines=others, stopped_early=early
+    )
 
 
 CHANGED = ("model.width: 128 -> 256",)
@@ -47,6 +51,9 @@ DECISIONS = [
         "continue",
     ),  # the last step is saved, what comes after it is not done
     (existing("stopped", step=150), 100, 150, False, "done"),
+    (existing("done", step=60, early="stopped early at step 60"), 100, 60, False, "done"),
+    (existing("done", step=60, early="stopped early at step 60"), 200, 60, False, "done"),
+    (existing("done", step=60), 100, 60, False, "continue"),  # another rule of train.early_stop is asked for
 ]
 
 
