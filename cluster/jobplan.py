@@ -46,10 +46,11 @@ class ClusterConfig:
         default="auto",
         metadata={"doc": "network interface of the nodes' traffic: a name, or a range of addresses like 10.0.0.0/8"},
     )
-    code: Literal["bundle", "live"] = field(
-        default="bundle",
+    code: Literal["auto", "bundle", "live"] = field(
+        default="auto",
         metadata={
-            "doc": "bundle: the nodes run a copy of your code as it was at the launch; live: what lies in your folders"
+            "doc": "bundle: the nodes run a copy of your code as it was at the launch; live: what lies in your "
+            "folders; auto: bundle, and live for a script, which may write beside itself"
         },
     )
     bundle_limit_mb: int = field(default=100, metadata={"doc": "the most that such a copy may have, in MB", "min": 1})

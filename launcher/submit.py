@@ -147,7 +147,8 @@ def _origin(plan: JobPlan, settled: Settled) -> str:
 
 def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) -> Bundle | None:
     """The code that the nodes are to run; None where they use it as it lies. Raises ConfigError for too much of it."""
-    if config.cluster.code == "live":
+    asked = config.cluster.code
+    if asked == "live" or (asked == "auto" and plan.kind == "script"):
         return None
     scripts = (module.folder for module in modules if plan.kind == "script")
     places = list(dict.fromkeys([*plan.sys_path, *scripts]))

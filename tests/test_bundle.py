@@ -357,6 +357,17 @@ def test_what_the_targets_bring_in(toy: Path) -> None:
     assert gather_code(load_config("toy.yaml", ["cluster.code=live"]), plan, checked.modules) is None
 
 
+def test_a_script_is_copied_only_when_asked(toy: Path) -> None:
+    write(toy, {"cfg.yaml": "script: train.py --x", "train.py": "", "pkg/__init__.py": "", "pkg/m.py": ""})
+    for words, expected in ([], None), (["cluster.code=bundle"], {"train.py", "pkg/__init__.py", "pkg/m.py"}):
+        config = load_config("cfg.yaml", words)
+        plan = make_plan(config, job_id="x", argv=(), cwd=str(toy))
+        code = gather_code(config, plan, look_at_targets(config, sys.executable, plan.sys_path).modules)
+        found = set() if code is None else set(code.trees[0].sizes)
+        assert (code is None) if expected is None else expected <= found
+        assert "unused/x.py" not in found
+
+
 def test_a_launch_over_the_limit_says_so_and_leaves_nothing(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (toy / "lib" / "table.py").write_text("#" * 1_000_000)
     assert cli.main(["launch", "toy.yaml", "cluster.bundle_limit_mb=1"]) == 2
