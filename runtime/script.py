@@ -46,7 +46,7 @@ def _run(env: WorkerEnv, report: Reporter, progress: ProgressWriter) -> int:
     config = read_script_config(run.config)
     script = parse_script(config.script)
     os.environ.update(script_environ(env, os.environ))
-    session.attach(env, config.checkpoint.url, report, progress)
+    session.attach(env, config, report, progress)
     if env.global_rank == 0:
         _open_store(env)
     if _asked_to_stop_already():
@@ -57,6 +57,7 @@ def _run(env: WorkerEnv, report: Reporter, progress: ProgressWriter) -> int:
     together = code in (exits.DONE, exits.STOPPED) and env.world_size > 1
     store = _open_store(env) if together else None  # now: a script may have done without torch, which is imported here
     if code in (exits.DONE, exits.STOPPED):
+        session.close()
         _end_threads()
     if store is not None:
         store.wait_for_all()

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from dtrain.cluster.bind import bind_fields, schema_of
 from dtrain.cluster.configfile import Node, read_file
@@ -84,6 +85,9 @@ class ScriptRunConfig:
         default_factory=ScriptCheckpointConfig, metadata={"doc": "where the script's checkpoints go"}
     )
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig, metadata={"doc": "what happens after a failure"})
+    track: tuple[Literal["tensorboard", "mlflow"], ...] = field(
+        default=(), metadata={"doc": "where what the script reports is shown besides: `[tensorboard, mlflow]`"}
+    )
 
 
 def read_script_config(path: str | os.PathLike[str]) -> ScriptRunConfig:

@@ -20,7 +20,9 @@ from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.progress import ProgressWriter
 from dtrain.runtime.report import Reporter
+from dtrain.runtime.scriptconfig import ScriptRunConfig
 from dtrain.runtime.stopflag import stop_flag
+from dtrain.runtime.tracking.feed import TrackerFeed
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,8 +33,10 @@ class Attached:
     checkpoint_url: str
     report: Reporter
     progress: ProgressWriter
+    track: tuple[str, ...]
     pid: int
     metrics: MetricsLog | None = None  # rank 0's, from the first report on
+    trackers: TrackerFeed | None = None
 
 
 @dataclass(slots=True)
@@ -45,11 +49,25 @@ _attached: Attached | None = None
 _newest = _Newest()
 
 
-def attach(env: WorkerEnv, checkpoint_url: str, report: Reporter, progress: ProgressWriter) -> None:
+def attach(env: WorkerEnv, config: ScriptRunConfig, report: Reporter, progress: ProgressWriter) -> None:
     """Called by runtime/script.py before the script begins."""
     global _attached
-    _attached = Attached(env=env, checkpoint_url=checkpoint_url, report=report, progress=progress, pid=os.getpid())
+    _attached = Attached(
+        env=env,
+        checkpoint_url=config.checkpoint.url,
+        report=report,
+        progress=progress,
+        track=config.track,
+        pid=os.getpid(),
+    )
     _newest.step, _newest.at = 0, time.monotonic()
+
+
+def close() -> None:
+    """Called by runtime/script.py after the script's end: what it has reported is delivered."""
+    place = attached()
+    if place is not None and place.trackers is not None:
+        place.trackers.close()
 
 
 def attached() -> Attached | None:
@@ -65,18 +83,29 @@ def report(step: int, **metrics: Any) -> None:
     """
     if isinstance(step, bool) or not isinstance(step, int) or step <= _newest.step:
         raise ValueError(f"report({step!r}): steps are whole numbers that grow; the one before was {_newest.step}")
+    numbers = _numbers(metrics)
     seconds, _newest.at = time.monotonic() - _newest.at, time.monotonic()
     first, _newest.step = _newest.step == 0, step
     place = attached()
     if place is None:
-        _print_as_line(step, metrics)
+        _print_as_line(step, numbers)
         return
     place.progress.step(step + 1)
     if place.env.global_rank == 0:
-        if place.metrics is None:
-            place.metrics = MetricsLog(RunDir(place.env.run_dir).metrics, step - 1)
         timing = {} if first else {"step_s": round(seconds, 6)}
-        place.metrics.write({"step": step, "attempt": place.env.attempt, **_numbers(metrics), **timing})
+        _metrics(place, step).write({"step": step, "attempt": place.env.attempt, **timing, **numbers})
+
+
+def _metrics(place: Attached, step: int) -> MetricsLog:
+    """Opened by the first step that this attempt reports: from there on it replaces what was there before."""
+    if place.metrics is None:
+        run = RunDir(place.env.run_dir)
+        place.metrics = MetricsLog(run.metrics, step - 1)
+        if place.track:
+            place.trackers = TrackerFeed(
+                run.path, place.track, step - 1, lambda message: place.report.event("tracking", message=message)
+            )
+    return place.metrics
 
 
 def stop_requested(*, agree: bool = True) -> bool:
@@ -101,19 +130,20 @@ def checkpoint_url(otherwise: str = "checkpoints") -> str:
     return otherwise if place is None else place.checkpoint_url
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float | int]:
-    return {name: value if type(value) is int else _number(name, value) for name, value in metrics.items()}
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: _number(name, value) for name, value in metrics.items()}
 
 
 def _number(name: str, value: Any) -> float:
+    if name == "attempt":
+        raise ValueError("report(attempt=...): this name is taken, every record has it")
     try:
-        return float(value)
+        return value if type(value) is int else float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"report({name}=...): expects a number, found {type(value).__name__}") from error
 
 
-def _print_as_line(step: int, metrics: dict[str, Any]) -> None:
-    numbers = _numbers(metrics)
+def _print_as_line(step: int, numbers: dict[str, float]) -> None:
     if os.environ.get("RANK", "0") == "0":
         print("  ".join([f"step {step}", *(f"{name} {value:.6g}" for name, value in numbers.items())]), flush=True)
 

@@ -46,7 +46,7 @@ def view(status: Mapping[str, Any], failure: Mapping[str, Any] | None, *, now: f
     checkpoint = "none yet" if status["checkpoint"] is None else f"step {status['checkpoint']}"
     lines = [
         f"{status['name']}: {status['state']}{reason}{seen}",
-        f"  step         {status['step']} of {status['steps'] or '?'}",
+        f"  step         {status['step']}" + (f" of {status['steps']}" if status["steps"] else ""),
         f"  checkpoint   {checkpoint}",
         f"  job          {status['job_id']} on {status['backend']}: {layout}",
         f"  run dir      {status['run_dir']}",
