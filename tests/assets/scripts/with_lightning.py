@@ -18,7 +18,7 @@ class Regression(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, y = batch
         loss = nn.functional.mse_loss(self.layers(x), y)
-        self.losses.append(self.all_gather(loss.detach()).mean().item())
+        self.losses.append(float(torch.as_tensor(self.all_gather(loss.detach())).mean()))
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
