@@ -128,6 +128,14 @@ def test_refusals_in_words(status: int, body: str, words: str) -> None:
             store.check_writable(5)
 
 
+def test_a_missing_bucket_is_no_missing_object(emulator: S3Server) -> None:
+    with emulator.environment():
+        store = open_storage("s3://no-such-bucket/x")
+        for act in (lambda: store.get("a"), lambda: store.read_into("a", 0, memoryview(bytearray(1)))):
+            with pytest.raises(StorageError, match="there is no bucket no-such-bucket"):
+                act()
+
+
 @pytest.mark.parametrize("fsspec", ["", "fsspec+"])
 @pytest.mark.parametrize("kind", ["nobody", "silent"])
 def test_a_server_that_is_not_there(kind: str, fsspec: str) -> None:
