@@ -62,7 +62,7 @@ class Ranks:
         run.mkdir()
         code.mkdir()
         (code / "train.py").write_text(source)
-        (run / "job.json").write_text(json.dumps({"sys_path": [str(code), str(self.folder)]}))
+        (run / "job.json").write_text(json.dumps({"sys_path": [str(self.folder), str(code)]}))
         line = f"{'-m train' if module else 'train.py'} {args}".strip()
         (run / "config.yaml").write_text(json.dumps({"name": "case", "script": line, "checkpoint": {"url": "/ck"}}))
         assert self._process.stdin is not None
