@@ -12,7 +12,7 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import CheckpointError, UsageError
-from dtrain.cluster.storage import Storage, open_storage
+from dtrain.cluster.storage import IMPATIENT_RETRY_S, Storage, open_storage
 from dtrain.launcher.runs import Job, known_jobs, read_job, resolve
 from dtrain.launcher.state import derive, gather
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo, newest_live
@@ -51,21 +51,21 @@ def _step(text: str) -> int | Literal["best"]:
 def find_place(where: str) -> Place:
     """The store that a person means: a URL, a run, or a directory that holds checkpoints. Raises UsageError."""
     if "://" in where:
-        return Place(storage=open_storage(where), job=_writer_of(where))
+        return Place(storage=open_storage(where, retry_s=IMPATIENT_RETRY_S), job=_writer_of(where))
     path = Path(where).expanduser()
     if path.is_dir():
         job = read_job(path)
         if job is not None:
-            return Place(storage=open_storage(job.plan.checkpoint_url), job=job)
+            return Place(storage=open_storage(job.plan.checkpoint_url, retry_s=IMPATIENT_RETRY_S), job=job)
         url = str(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-        return Place(storage=open_storage(url), job=_writer_of(url))
+        return Place(storage=open_storage(url, retry_s=IMPATIENT_RETRY_S), job=_writer_of(url))
     try:
         job, remark = resolve(where, Path.cwd())
     except UsageError as error:
         raise UsageError(f"{error} Nor is {where} a directory of checkpoints.") from None
     if remark:
         print(f"dtrain: {remark}", file=sys.stderr)
-    return Place(storage=open_storage(job.plan.checkpoint_url), job=job)
+    return Place(storage=open_storage(job.plan.checkpoint_url, retry_s=IMPATIENT_RETRY_S), job=job)
 
 
 def choose(

@@ -18,6 +18,9 @@ from dtrain.cluster.filestore import FileStorage
 from dtrain.launcher.cli import main
 from dtrain.launcher.doctor import machine, software, storage
 
+sys.path.insert(0, str(Path(__file__).parent / "assets"))
+from s3servers import environment, moto
+
 DTRAIN = Path(sys.executable).parent / "dtrain"
 
 
@@ -47,7 +50,7 @@ def test_a_config_names_what_is_tried(tmp_path: Path) -> None:
         f"train: {{steps: 1}}\nrun_dir: {tmp_path}/run\n"
     )
     code, findings = doctor(str(config), "cluster.nodes=3", "checkpoint.url=/proc/nowhere")
-    (refused,) = findings["storage", "file:///proc/nowhere"]
+    (refused,) = findings["storage", "/proc/nowhere"]
     assert (code, refused["level"]) == (1, "problem")
     assert f"at {tmp_path}/run" in findings["machine", "disk"][0]["found"]
 
@@ -112,6 +115,20 @@ def test_a_package_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "moto" not in found
 
 
+def test_object_stores_are_tried_for_real() -> None:
+    """One that is fit, a bucket that is not there, and a server that is not."""
+    with moto() as server, server.environment():
+        server.make_bucket("fit")
+        assert [finding.level for finding in storage.examine("s3://fit/prefix")] == ["ok"] * 5
+        assert "Contents" not in server.client().list_objects_v2(Bucket="fit")
+        (missing,) = storage.examine("s3://missing/prefix")
+        assert (missing.level, "missing" in missing.found) == ("problem", True)
+    gone = {**server.variables(), "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    with environment(gone):
+        (refused,) = storage.examine("s3://fit/prefix")
+    assert (refused.level, "127.0.0.1:9" in refused.found) == ("problem", True)
+
+
 class _Forgetful(FileStorage):
     """Writes names again that are taken, and deletes nothing."""
 
@@ -124,6 +141,6 @@ class _Forgetful(FileStorage):
 
 
 def test_a_store_that_breaks_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "open_storage", lambda url: _Forgetful(url))
+    monkeypatch.setattr(storage, "open_storage", lambda url, **options: _Forgetful(url, **options))
     problems = [finding.found for finding in storage.examine(str(tmp_path)) if finding.level == "problem"]
     assert problems == ["a name that was taken was written again", "objects can't be deleted"]

@@ -11,11 +11,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import AlreadyExists, DtrainError
-from dtrain.cluster.storage import Storage, open_storage
+from dtrain.cluster.storage import IMPATIENT_RETRY_S, Storage, open_storage
 from dtrain.launcher.doctor.finding import Finding, ok, problem, warn
 
 TOPIC = "storage"
 PROBE_BYTES = 8 << 20  # enough for a multipart upload, quick on any link
+_TIMEOUT_S = 15.0
 _MAX_SKEW_S = 60.0  # leases of checkpoints are minutes
 
 
@@ -24,9 +25,10 @@ def examine(url: str) -> Iterator[Finding]:
     probe = f"doctor-{secrets.token_hex(4)}"
     made = _missing_folders(url)
     try:
-        storage = open_storage(url)
-    except DtrainError as error:
-        yield problem(TOPIC, url, "can't be opened", str(error))
+        storage = open_storage(url, retry_s=IMPATIENT_RETRY_S)
+        storage.check_writable(_TIMEOUT_S)
+    except (DtrainError, OSError) as error:
+        yield problem(TOPIC, url, str(error), "The run needs to put, read, list and delete objects there.")
         return
     try:
         for check in (_small_object, _second_put, _large_object, _range, _listing):
