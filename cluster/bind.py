@@ -198,11 +198,12 @@ def _bind_dict(hint: Any, node: Node, key: str, metadata: Mapping[str, Any], pro
     if not isinstance(node.value, dict):
         return _mismatch(node, key, "a mapping", problems, ())
     values: dict[str, Any] = {}
+    own = {word: value for word, value in metadata.items() if word != "validate"}  # that is asked of the whole mapping
     for name, child in node.value.items():
         written = child
         if hint is str and isinstance(child.value, bool):
             written = replace(child, value=child.raw or str(child.value).lower())
-        values[name] = _bind_value(hint, written, _join(key, name), metadata, problems)
+        values[name] = _bind_value(hint, written, _join(key, name), own, problems)
     return MISSING if any(value is MISSING for value in values.values()) else values
 
 

@@ -125,17 +125,30 @@ def _missing_words(missing: Sequence[Wanted], left: Sequence[str], named: Mappin
 
 
 def _way_out(missing: Sequence[str], left: Sequence[str]) -> str:
-    """A map where one prefix explains everything, else the two keys that a person may set."""
-    there = set(left)
-    pairs = [(here, name) for name in left for here in missing[:1]]
-    for prefix in (name.removesuffix(here) for here, name in pairs if name.endswith(f".{here}")):
-        if all(f"{prefix}{other}" in there for other in missing):
-            return f"All are there with {prefix!r} before them. Set map: {{'^{re.escape(prefix)}': ''}}"
-    for prefix in (here.removesuffix(name) for here, name in pairs if here.endswith(f".{name}")):
-        if all(other.startswith(prefix) and other.removeprefix(prefix) in there for other in missing):
-            heads = "|".join(sorted({re.escape(other.removeprefix(prefix).split(".")[0]) for other in missing}))
-            return f"All are there without {prefix!r}. Set map: {{'^({heads})\\b': '{prefix}\\1'}}"
-    return (
-        "Where names differ, set model.init_from.map; what is to start from its initial values, add to "
-        "model.init_from.fresh"
-    )
+    """A map, where one prefix explains most of it, and the key for what is really missing."""
+    fresh = "What is to start from its initial values, add to model.init_from.fresh"
+    for prefix, dropped in _prefixes(missing, left):
+        there = set(left)
+        found = [name for name in missing if (prefix + name if dropped else _without(prefix, name)) in there]
+        if 2 * len(found) < len(missing):
+            continue
+        if dropped:
+            rule = f"'^{re.escape(prefix)}': ''"
+        else:
+            heads = "|".join(sorted({re.escape(_without(prefix, name).split(".")[0]) for name in found}))
+            rule = f"'^({heads})\\b': '{prefix}\\1'"
+        which = "All" if len(found) == len(missing) else f"{len(found)} of them"
+        rest = "" if len(found) == len(missing) else f". {fresh}"
+        return f"{which} are there {'with' if dropped else 'without'} {prefix!r} before them. Set map: {{{rule}}}{rest}"
+    return f"Where names differ, set model.init_from.map. {fresh}"
+
+
+def _prefixes(missing: Sequence[str], left: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Prefixes by which a name there and one here differ; true: the one there has it."""
+    for here in missing[:_MOST_SHOWN]:
+        yield from ((name.removesuffix(here), True) for name in left if name.endswith(f".{here}"))
+        yield from ((here.removesuffix(name), False) for name in left if here.endswith(f".{name}"))
+
+
+def _without(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix) if name.startswith(prefix) else ""

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from dtrain.cluster.errors import DtrainError, UsageError
+from dtrain.cluster.errors import ConfigError, DtrainError, UsageError
+from dtrain.launcher.cli import main
+from dtrain.launcher.compose import load_config
 from dtrain.runtime.modelconfig import InitConfig
 from dtrain.runtime.weightfiles import StoredTensor, find_weights
 from dtrain.runtime.weightmatch import Match, Wanted
@@ -250,12 +253,14 @@ def test_a_missing_tensor_is_an_error_that_names_the_nearest() -> None:
 def test_the_map_that_the_message_gives_works(here: list[str], there: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         match_weights([wanted(name) for name in here], stored(*there), init())
-    said = str(caught.value).rpartition("Set map: ")[2]
-    import yaml
-
-    renames = yaml.safe_load(said)
+    renames = yaml.safe_load(str(caught.value).rpartition("Set map: ")[2])
     found = match_weights([wanted(name) for name in here], stored(*there), init(map=renames))
     assert set(found.sources) == set(here)
+
+
+def test_a_prefix_that_explains_most_is_told_too() -> None:
+    with pytest.raises(UsageError, match=r"2 of them are there with 'net\.' before them.*init_from\.fresh"):
+        match_weights([wanted(name) for name in ("a", "b", "head")], stored("net.a", "net.b"), init())
 
 
 def test_a_map_that_makes_two_names_one_is_refused() -> None:
@@ -277,3 +282,73 @@ def test_floats_convert_and_nothing_else(there: str, here: str, fits: bool) -> N
     else:
         with pytest.raises(UsageError, match="do not convert"):
             match_weights([wanted("a", dtype=here)], stored("a", dtype=there), init())
+
+
+# ---- at launch ----
+
+CONFIG = """
+model:
+  _target_: torch.nn.Linear
+  in_features: 4
+  out_features: 1
+  init_from:
+    url: weights
+    map: {'^net\\.': '\\1'}
+loss: torch.nn.functional.mse_loss
+data: {train: builtins.list, batch_size: 8}
+optimizer: {_target_: torch.optim.SGD, lr: 1e-4}
+train: {steps: 3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "words"),
+    [
+        (lambda root: None, "cfg.yaml:7: model.init_from.url", "no model.safetensors"),
+        (lambda root: header_file(root / "model.safetensors", b"{ "), "cfg.yaml:7: model.init_from.url", "valid JSON"),
+        (
+            lambda root: save_file({"net.w": torch.ones(1)}, root / "model.safetensors"),
+            "init_from.map",
+            "invalid group",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_found_before_anything_starts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], make: Callable[[Path], object], where: str, words: str
+) -> None:
+    (tmp_path / "cfg.yaml").write_text(CONFIG)
+    (tmp_path / "weights").mkdir()
+    make(tmp_path / "weights")
+    assert main(["launch", "cfg.yaml"]) == 2
+    said = capfd.readouterr().err
+    assert where in said
+    assert words in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.init_from.maps={}", "unknown key. Did you mean map?"),
+        ("model.init_from.map={'(': 'abc'}", "'(' is no regular expression"),
+        ("model.init_from.fresh=head", "Put it in square brackets"),
+        ("model.frozen=head", "Put it in square brackets"),
+        ("model.init_from=7", "expects"),
+    ],
+)
+def test_wrong_keys_of_the_model_section(tmp_path: Path, override: str, words: str) -> None:
+    (tmp_path / "cfg.yaml").write_text(CONFIG)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "cfg.yaml", [override])
+    assert words in str(caught.value)
+
+
+def test_a_relative_folder_starts_at_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "cfg.yaml").write_text(CONFIG)
+    for override, wanted_url in (
+        ("model.init_from=w", str(tmp_path / "w")),
+        ("model.init_from.url=s3://b/w", "s3://b/w"),
+    ):
+        init_from = load_config(tmp_path / "cfg.yaml", [override]).run.model.init_from
+        assert init_from is not None
+        assert init_from.url == wanted_url

@@ -58,9 +58,9 @@ def _check(args: argparse.Namespace, place: Place, folder: Path) -> None:
         raise UsageError(f"{folder} exists, and nothing is overwritten. Give another folder, or move it away.")
     if args.config is not None and not (Path(args.config) / "config.json").is_file():
         raise UsageError(f"--config {args.config}: there is no config.json in it.")
-    if args.to == "hf" and args.config is None and place.job is None:
+    if args.to == "hf" and args.config is None and (place.job is None or place.job.plan.kind != "model"):
         raise UsageError(
-            f"--to hf: no run is known here that wrote {place.storage.url}, so its model can't be asked for a config. "
+            f"--to hf: no run with a model is known here that wrote {place.storage.url} and could give a config. "
             "Name the run, give a folder with config.json (--config FOLDER), or take --to safetensors."
         )
 
@@ -95,7 +95,7 @@ def _export(args: argparse.Namespace, place: Place, info: CheckpointInfo, folder
         "form": args.to,
         "dtype": args.dtype,
         "config": None if args.config is None else os.path.abspath(args.config),
-        "run_dir": None if plan is None else plan.run_dir,
+        "run_dir": plan.run_dir if plan is not None and plan.kind == "model" else None,
         "sys_path": [] if plan is None else plan.sys_path,
     }
     python = plan.python if plan is not None and os.access(plan.python, os.X_OK) else sys.executable

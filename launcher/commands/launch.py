@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from dtrain.cluster import exits
 from dtrain.cluster.backends import get_backend
-from dtrain.cluster.errors import ConfigError, UsageError
+from dtrain.cluster.errors import ConfigError, DtrainError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.zygote import Zygote
@@ -31,6 +31,7 @@ from dtrain.launcher.state import read_status
 from dtrain.launcher.storecheck import check_store
 from dtrain.launcher.submit import Settled, gather_code, header, new_job_id, pack_code, record, settle, submit
 from dtrain.launcher.targetcheck import look_at_targets
+from dtrain.launcher.weightcheck import begins_with_weights, check_weights
 
 HELP = "Trains what the config describes, or continues it where its run directory has a checkpoint. Follows the run."
 
@@ -87,11 +88,14 @@ def _submit(
     try:
         with saying(f"{plan.name}: checking the config's targets ..."):
             checked = look_at_targets(first, plan.python, plan.sys_path, zygote=zygote)
+            problems = list(checked.problems)
+            if begins_with_weights(first) and (args.fresh or not _goes_on(args, first, plan)):
+                problems += check_weights(first)
     except KeyboardInterrupt:
         print(f"{plan.name}: interrupted, nothing was started", file=sys.stderr)
         return exits.DETACHED
-    if checked.problems:
-        raise ConfigError(checked.problems)
+    if problems:
+        raise ConfigError(problems)
     code = None if args.here else gather_code(first, plan, checked.modules)
     with ExitStack() as lease:
         config, plan, settled = _claim(args, first, lease)
@@ -129,6 +133,14 @@ def _known_by_its_files(args: argparse.Namespace, config: LaunchConfig, plan: Jo
         settled = _settle(args, config, plan)
         return settled if settled.decision.final else None
     return None
+
+
+def _goes_on(args: argparse.Namespace, config: LaunchConfig, plan: JobPlan) -> bool:
+    """Whether there is a checkpoint, so that the weights to begin with are not needed. What else is wrong with the
+    run's places is said later."""
+    with contextlib.suppress(DtrainError):
+        return _settle(args, config, plan).checkpoint is not None
+    return True
 
 
 def _say_nothing_to_do(plan: JobPlan, settled: Settled) -> int:
