@@ -5,6 +5,7 @@ read, none of their bytes. Whether they fit the model shows when the workers hav
 from __future__ import annotations
 
 from dtrain.cluster.errors import Problem, StorageError, UsageError
+from dtrain.cluster.storage import IMPATIENT_RETRY_S
 from dtrain.launcher.compose import LaunchConfig
 from dtrain.runtime.config import RunConfig
 from dtrain.runtime.weightfiles import find_weights
@@ -22,7 +23,7 @@ def check_weights(config: LaunchConfig) -> list[Problem]:
     assert init is not None
     key = "model.init_from.url"
     try:
-        rename(find_weights(init.url).tensors, init.map)
+        rename(find_weights(init.url, retry_s=IMPATIENT_RETRY_S).tensors, init.map)
     except UsageError as error:
         if str(error).startswith("model.init_from.map: "):
             key = "model.init_from.map"

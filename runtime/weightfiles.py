@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from dtrain.cluster.errors import CheckpointError, StorageError, UsageError
-from dtrain.cluster.storage import Storage, open_storage
+from dtrain.cluster.storage import RETRY_S, Storage, open_storage
 from dtrain.runtime.checkpoint import fields
 from dtrain.runtime.checkpoint.dtypes import item_bytes
 
@@ -44,14 +44,15 @@ class WeightFiles:
     tensors: Mapping[str, StoredTensor]
 
 
-def find_weights(url: str) -> WeightFiles:
+def find_weights(url: str, *, retry_s: float = RETRY_S) -> WeightFiles:
     """What lies at `url`: a folder with model.safetensors, or with an index of several files, or with other
     safetensors files; or one file or index itself.
 
-    Raises UsageError where there is none or one is damaged, StorageError where the store can't be read.
+    Raises UsageError where there is none or one is damaged, StorageError where the store can't be read within
+    `retry_s`.
     """
     folder, name = _split(url)
-    storage = open_storage(folder)
+    storage = open_storage(folder, retry_s=retry_s)
     try:
         files, claimed = _files(storage, name)
         with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="weights") as pool:
@@ -96,6 +97,7 @@ def _files(storage: Storage, name: str) -> tuple[Sequence[str], Mapping[str, str
 
 
 def _exists(storage: Storage, key: str) -> bool:
+    """By reading it: the cache of the Hugging Face hub holds links, which are no objects of a file system's store."""
     try:
         storage.read_into(key, 0, memoryview(bytearray(8)))
     except FileNotFoundError:
@@ -169,7 +171,8 @@ def _read(storage: Storage, file: str, offset: int, size: int) -> bytes:
 
 
 def _is_short(storage: Storage, file: str, wanted_bytes: int) -> bool:
-    return any(info.key == file and info.size_bytes < wanted_bytes for info in storage.list(file))
+    info = storage.stat(file)
+    return info is not None and info.size_bytes < wanted_bytes
 
 
 def _merge(headers: Sequence[Mapping[str, StoredTensor]], claimed: Mapping[str, str]) -> dict[str, StoredTensor]:

@@ -75,7 +75,6 @@ def prepare(folder: Path, name: str, *overrides: str, model: dict[str, Any] | No
     folder.mkdir(parents=True)
     base = {
         "model": model or {"_target_": "hf.from_config", "name": name},
-        "count": "hf.count_labels",
         "data": {"train": {"_target_": "hf.Samples", "name": name}, "batch_size": 5},
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.003},
         "train": {"steps": STEPS, "clip_grad_norm": 1.0, "micro_batch": 2},

@@ -77,9 +77,5 @@ class Samples(Dataset[dict[str, Tensor]]):
         return {"input_ids": torch.where(chosen, 3, ids), "labels": torch.where(chosen, ids, -100)}
 
 
-def count_labels(batch: dict[str, Tensor]) -> Tensor:
-    return (batch["labels"] != -100).sum()
-
-
 for _name in CONFIGS:  # their modules are imported when the first model is made: once, before the ranks are forked
     from_config(_name)
