@@ -32,6 +32,8 @@ from dtrain.strategies.caps import CAPS, refused
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.layout import check_layout
 
+_MIN_FREE_BYTES = 1 << 20  # below that not even a run's logs have room
+
 Found = Iterator[tuple[str, str]]  # key, message
 
 # What an agent tells its workers (cluster/workerenv.py): a config that sets one would break the job.
@@ -238,4 +240,8 @@ def directory_obstacle(path: Path) -> str:
     if not os.access(place, os.W_OK | os.X_OK):
         what = "is not writable" if place == path else f"cannot be made: {place} is not writable"
         return f"{path} {what}. Choose another path."
+    status = os.statvfs(place)
+    free = status.f_bavail * status.f_frsize
+    if free < _MIN_FREE_BYTES:
+        return f"the disk of {place} is full ({free // 1024} KiB left). Free space there, or choose another path."
     return ""

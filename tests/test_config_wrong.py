@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -360,4 +363,21 @@ def test_launch_refuses_with_exit_2(name: str, folder: Path, capsys: pytest.Capt
     assert f"cfg.yaml:{where}: " in said
     assert f"{key}: " in said
     assert words in said
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk to fill: run as root")
+def test_a_full_disk_is_found_before_anything_starts(folder: Path) -> None:
+    """A real one, in a mount namespace of its own, which goes with the command."""
+    disk = folder / "disk"
+    disk.mkdir()
+    (folder / "cfg.yaml").write_text("\n".join([*LINES.values(), f"checkpoint: {{url: {disk}/checkpoints}}"]))
+    script = """
+        mount -t tmpfs -o size=256k none "$1" && head -c 1M /dev/zero > "$1/fill" 2>/dev/null
+        shift; exec "$@"
+    """
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", str(disk), sys.executable, "-m", "dtrain.launcher.cli"]
+    done = subprocess.run([*command, "launch", "cfg.yaml"], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert f"cfg.yaml:5: checkpoint.url: the disk of {disk} is full (0 KiB left)" in done.stderr
     assert not (folder / "runs").exists()
