@@ -44,7 +44,7 @@ COMMANDS = (
     Command(name="launch", help="train what a config file describes", overrides=True),
     Command(name="init", help="write a config and a module that train as they are"),
     Command(name="config", help="the resolved config, each value with its file:line", overrides=True),
-    Command(name="ls", help="the runs that were launched from here"),
+    Command(name="ls", help="the runs that you launched from this account"),
     Command(name="status", help="where a run stands"),
     Command(name="logs", help="what the workers of a run printed"),
     Command(name="attach", help="follow a run that is going on"),

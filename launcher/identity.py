@@ -37,6 +37,8 @@ def decide(
     if existing.state == "unknown":
         return Decision(action="refuse", lines=_unknown_lines(existing), final=True)
     if existing.identity_lines and not continue_changed:
+        if existing.state == "failed" and checkpoint_step is None and steps_asked is not None:
+            return Decision(action="continue", lines=_anew(existing))
         return Decision(action="refuse", lines=_changed_lines(existing))
     if steps_asked is None:
         return _of_script(existing)
@@ -81,6 +83,11 @@ def _unknown_lines(existing: Existing) -> tuple[str, ...]:
         f"whether job {existing.job_id} is still alive can't be told from here; nothing was started.",
         "Ask again from the host that started it, or train beside it with --fresh or --name NAME.",
     )
+
+
+def _anew(existing: Existing) -> tuple[str, ...]:
+    """A mistake in the config that is put right changes it, and there is nothing of the old training to mix up with."""
+    return (f"the run before failed at step {existing.step} and saved nothing", *_differs(existing))
 
 
 def _changed_lines(existing: Existing) -> tuple[str, ...]:

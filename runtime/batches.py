@@ -61,8 +61,18 @@ class _Collate:
         try:
             batch = self._collate(portion.samples)
         except Exception as error:
-            return _hand_on(explain(f"collate of {len(portion.samples)} samples", error))
+            return _hand_on(explain(_what_failed(portion), error))
         return _Loaded(batch, portion.weight, portion.indices, portion.mark)
+
+
+def _what_failed(portion: Portion) -> str:
+    """A forgotten `return` shows only here, as a None that torch can't collate."""
+    collate = f"collate of {len(portion.samples)} samples"
+    nothing = [index for index, sample in zip(portion.indices, portion.samples, strict=False) if sample is None]
+    if not nothing:
+        return collate
+    more = f" and {len(nothing) - 1} more" if len(nothing) > 1 else ""
+    return f"the data set returned None for sample {nothing[0]}{more}; {collate}"
 
 
 def _hand_on(error: DataError | UsageError) -> Exception:

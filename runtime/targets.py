@@ -82,7 +82,8 @@ def check(target: Target, num_positional: int, *, instance: bool = False, offere
         num_positional = 0
     added = dict.fromkeys(offered) if takes(target, offered) else {}
     faults = list(_signature_faults(signature, num_positional, {**target.kwargs, **added}))
-    return f"{target.target}{_shown(signature)}: {'; '.join(faults)}." if faults else None
+    words = "; ".join(faults)
+    return f"{target.target}{_shown(signature)}: {words}{'' if words.endswith('?') else '.'}" if faults else None
 
 
 def check_settings(target: Target, settings: Iterable[str]) -> str | None:

@@ -55,11 +55,26 @@ def make_task(config: RunConfig, model: nn.Module, device: torch.device) -> Task
 
 def forward(model: nn.Module, batch: Any, count: float) -> Any:
     """Always a call of the module: model(**mapping), model(*tuple[:-1]) with the last as target, model(tensor)."""
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch[:-1]) if len(batch) > 1 else model(batch[0])
+        return model(batch)
+    except TypeError as error:
+        own = getattr(model, "module", model)  # what DistributedDataParallel is put around
+        name = getattr(own.forward, "__qualname__", "forward")
+        if f"{name}() " in str(error):  # Python's words for arguments that do not fit
+            error.add_note(f"a batch that is {_call_of(batch)}. Where that does not fit, set data.forward")
+        raise
+
+
+def _call_of(batch: Any) -> str:
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return f"a mapping is passed as model(**batch), here with {', '.join(map(str, batch))}"
     if isinstance(batch, tuple | list):
-        return model(*batch[:-1]) if len(batch) > 1 else model(batch[0])
-    return model(batch)
+        return f"a tuple is passed as model(*batch[:-1]), here {len(batch)} entries, the last one the target"
+    return f"neither mapping nor tuple is passed as model(batch), here a {type(batch).__name__}"
 
 
 def forward_with_num_items(model: nn.Module, batch: Any, count: float) -> Any:
@@ -147,7 +162,7 @@ def _scalar(key: str, value: Any) -> Tensor:
     """Of shape (), and precise enough to be multiplied by a count. Raises UsageError."""
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise UsageError(f"{key}: returned {found}. Return a scalar mean, or (sum, count)")
+        raise UsageError(f"{key}: returned {found}. Return a tensor with one number, the mean, or (sum, count)")
     scalar = value.reshape(())
     return scalar.float() if scalar.dtype in (torch.bfloat16, torch.float16) else scalar
 

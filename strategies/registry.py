@@ -36,4 +36,6 @@ def choose(model: ModelSpec, topology: Topology, device_memory_bytes: int) -> tu
 
 
 def _gib(size: int) -> str:
+    if size < 2**20:
+        return f"{size / 2**10:.0f} KiB"
     return f"{size / 2**30:.1f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"

@@ -33,6 +33,9 @@ DECISIONS = [
     (existing("unknown", changed=CHANGED), 100, 20, True, "refuse"),
     (existing("failed"), 100, 20, False, "continue"),
     (existing("failed"), 100, None, False, "continue"),
+    (existing("failed", step=0, changed=CHANGED), 100, None, False, "continue"),  # the mistake was put right
+    (existing("failed", changed=CHANGED), 100, 20, False, "refuse"),
+    (existing("stopped", changed=CHANGED), 100, None, False, "refuse"),
     (existing("stopped"), 100, 40, False, "continue"),
     (existing("cancelled"), 100, 40, False, "continue"),
     (existing("stopped", changed=CHANGED), 100, 40, False, "refuse"),
@@ -70,6 +73,14 @@ def test_a_refusal_names_the_difference_and_the_ways_out() -> None:
     found = decide(existing("stopped", changed=CHANGED), steps_asked=100, checkpoint_step=40, continue_changed=False)
     words = "\n".join(found.lines)
     assert all(word in words for word in ("model.width: 128 -> 256", "--continue-changed", "--fresh", "--name"))
+
+
+def test_a_corrected_config_begins_anew_where_nothing_was_saved() -> None:
+    there = existing("failed", step=0, changed=CHANGED)
+    found = decide(there, steps_asked=100, checkpoint_step=None, continue_changed=False)
+    assert found.lines == ("the run before failed at step 0 and saved nothing", "differs: model.width: 128 -> 256")
+    script = decide(there, steps_asked=None, checkpoint_step=None, continue_changed=False)
+    assert script.action == "refuse"  # what a script has saved, nobody else knows
 
 
 def test_continuing_prints_what_else_differs() -> None:

@@ -100,6 +100,7 @@ def test_build_and_as_callable(module: str) -> None:
 def test_check(module: str, name: str, num_positional: int, instance: bool, kwargs: Any, words: str | None) -> None:
     found = check(_target(f"{module}.{name}", **kwargs), num_positional, instance=instance)
     assert found is None if words is None else words in (found or "")
+    assert "?." not in (found or "")
 
 
 def test_signatures_that_cannot_be_known_pass() -> None:

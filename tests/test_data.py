@@ -84,6 +84,18 @@ def test_a_data_sets_error_names_the_sample_and_is_no_victim(workers: int) -> No
     assert ("__getitem__" in caught.value.trace) == bool(workers)
 
 
+class Forgetful(Squares):
+    def __getitem__(self, index: int) -> Any:
+        return None if index == 7 else super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_is_none_is_named(workers: int) -> None:
+    with make(Forgetful(), workers=workers, steps=12) as batches, pytest.raises(DataError) as caught:
+        read(batches, range(1, 13))
+    assert "the data set returned None for sample 7; collate of " in str(caught.value)
+
+
 def test_a_stop_is_seen_while_a_slow_sample_is_awaited() -> None:
     began = time.monotonic()
     with make(Squares(slow_s=30), workers=1) as batches:

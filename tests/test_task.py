@@ -199,3 +199,23 @@ def test_count_without_hugging_face() -> None:
 def test_a_loss_of_ones_own_is_a_mean_over_samples(tmp_path: Any) -> None:
     own = task(tmp_path, Doubling(), loss=f"{__name__}.closure")
     assert own.count({"x": torch.ones(2, 4), "labels": LABELS}) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"x": torch.ones(2), "label": torch.ones(2)}, "passed as model(**batch), here with x, label."),
+        ((torch.ones(2), torch.ones(2), torch.ones(2)), "passed as model(*batch[:-1]), here 3 entries"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_explained(batch: Any, words: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        forward(Doubling(), batch, 2.0)
+    assert words in raised.value.__notes__[0]
+    assert "data.forward" in raised.value.__notes__[0]
+
+
+def test_other_type_errors_are_left_alone() -> None:
+    with pytest.raises(TypeError) as raised:
+        forward(Doubling(), "text", 2.0)
+    assert not hasattr(raised.value, "__notes__")

@@ -63,6 +63,8 @@ def _print(storage: Storage, info: CheckpointInfo, manifest: Manifest) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 1000  # a name that is cut in two can't be searched for
     for line in _head(storage, info, manifest):
         console.print(line, markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")

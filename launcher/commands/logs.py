@@ -113,6 +113,7 @@ def _say_nothing_shown(job: Job, rank: int | None, attempt: int | None) -> None:
     who = "no worker has" if rank is None else f"rank {rank} has not"
     when = "" if attempt is None else f" in attempt {attempt}"
     print(f"{job.plan.name}: {who} printed anything{when}", file=sys.stderr)
+    print(f"  its steps and losses are in {job.run.metrics}", file=sys.stderr)
 
 
 def _follow(job: Job, rank: int | None, attempt: int | None) -> int:
