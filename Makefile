@@ -31,11 +31,11 @@ unit: install ## unit tests only
 e2e: install ## whole runs only
 	$(BIN)/pytest -m e2e
 
-check: install ## lint, format, types and unit tests, in under two minutes
+check: install ## lint, format, types and the quick unit tests, in under two minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not e2e" -n $(JOBS) -q
+	$(BIN)/pytest -m "not e2e and not slow" -n $(JOBS) -q
 
 bench: install ## the benchmarks, one after the other (minutes; quiet machine)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

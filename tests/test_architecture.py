@@ -174,6 +174,7 @@ def test_imports_say_dtrain_and_are_absolute() -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_no_second_copy_is_loaded() -> None:
     """From the repository's root, where the bare names could be found."""
     code = (

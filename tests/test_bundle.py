@@ -368,6 +368,7 @@ def test_a_script_is_copied_only_when_asked(toy: Path) -> None:
         assert "unused/x.py" not in found
 
 
+@pytest.mark.slow
 def test_a_launch_over_the_limit_says_so_and_leaves_nothing(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (toy / "lib" / "table.py").write_text("#" * 1_000_000)
     assert cli.main(["launch", "toy.yaml", "cluster.bundle_limit_mb=1"]) == 2

@@ -169,6 +169,7 @@ def test_a_record_of_a_submission(config: Path, tmp_path: Path) -> None:
     assert control.token.read_text() not in run.job.read_text() + run.config.read_text() + run.events.read_text()
 
 
+@pytest.mark.slow
 class TestRelaunch:
     def test_done_is_said_and_0(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         submitted(tmp_path / "runs" / "toy", config, "done")

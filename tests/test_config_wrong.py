@@ -354,6 +354,7 @@ def test_ids_are_unique() -> None:
     assert len({case.id for case in CASES}) == len(CASES) >= 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layout of fsdp", "wrong keyword", "bad syntax"])
 def test_launch_refuses_with_exit_2(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = next(case for case in CASES if case.id == name)

@@ -21,6 +21,8 @@ from dtrain.launcher.doctor import machine, software, storage
 sys.path.insert(0, str(Path(__file__).parent / "assets"))
 from s3servers import environment, moto
 
+pytestmark = pytest.mark.slow
+
 DTRAIN = Path(sys.executable).parent / "dtrain"
 
 

@@ -34,6 +34,7 @@ def test_the_code_fits_a_page_and_is_the_users_own(name: str) -> None:
     assert "dtrain" not in text.split('"""')[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "needs"), [("digits", "sklearn"), ("huggingface", "transformers"), ("finetune", "transformers")]
 )

@@ -77,6 +77,7 @@ def test_what_is_left_behind_fails_the_test(name: str, message: str, in_ci: str)
     assert message in in_ci
 
 
+@pytest.mark.slow
 def test_a_leaked_process_is_ended(in_ci: str) -> None:
     commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
     assert ["sleep", "61.5"] not in commands

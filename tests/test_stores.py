@@ -27,7 +27,10 @@ BUCKET = "checkpoints"
 MULTIPART_BYTES = 17 * MIB  # more than one part
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[kind if kind in ("file", "memory") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, S3Server]]:
     """(kind, the server that it needs), started once for all tests of a kind."""
     kind = request.param

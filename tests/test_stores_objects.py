@@ -31,6 +31,8 @@ from dtrain.runtime.stores.place import parse_place
 sys.path.insert(0, str(Path(__file__).parent / "assets"))
 from s3servers import S3Server, environment, moto, rclone
 
+pytestmark = pytest.mark.slow
+
 BUCKET = "checkpoints"
 HASTY = Limits(connect_s=1, silent_s=1, request_s=2, retry_s=1, max_retries=1, first_wait_s=0.01)
 

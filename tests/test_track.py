@@ -23,6 +23,8 @@ from dtrain.launcher.compose import load_config
 from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.tracking.feed import TrackerFeed
 
+pytestmark = pytest.mark.slow
+
 ASSETS = Path(__file__).parent / "assets"
 DTRAIN = Path(sys.executable).parent / "dtrain"
 

@@ -301,6 +301,7 @@ train: {steps: 3}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "where", "words"),
     [
