@@ -21,15 +21,15 @@ demo: ## the main job: 2 nodes on this machine train a byte-level GPT; installs 
 	@.ci/install base
 	$(BIN)/dtrain launch examples/gpt.yaml
 
-test: install ## all tests: unit tests side by side, then whole runs one after the other
+test: install ## all tests: unit tests, then whole runs, two at once
 	$(BIN)/pytest -m "not e2e" -n $(JOBS)
-	$(BIN)/pytest -m e2e
+	$(BIN)/pytest -m e2e -n $(JOBS) --dist loadfile
 
 unit: install ## unit tests only
 	$(BIN)/pytest -m "not e2e" -n $(JOBS)
 
-e2e: install ## whole runs only
-	$(BIN)/pytest -m e2e
+e2e: install ## whole runs only; file by file, because a file's tests share the servers that they start
+	$(BIN)/pytest -m e2e -n $(JOBS) --dist loadfile
 
 check: install ## lint, format, types and the quick unit tests, in under two minutes
 	$(BIN)/ruff check .
