@@ -182,7 +182,7 @@ def test_sigterm_saves_and_ends_with_85(run: Run, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     more = ["strategy=ddp", f"data.train.seen={seen}", "data.train.delay_s=0.01", "train.steps=60"]
     folder = prepare(tmp_path / "run", *more)
-    assert run(folder, 2, stop_after=4) == [85, 85]
+    assert run(folder, 2, stop_at=4) == [85, 85]
     done = len(losses(folder))
     assert 0 < done < 60
     (committed,) = events(folder, "checkpoint_committed")
@@ -296,7 +296,7 @@ EVALUATED = {**BASE, "data": {**BASE["data"], "eval": {"_target_": "parity.Token
 def test_a_stop_during_an_evaluation_loses_neither_steps_nor_the_evaluation(run: Run, tmp_path: Path) -> None:
     more = ["schedule.warmup=0", "train.steps=4", "train.eval_every=2", "on_end=faulty.say_end", "data.workers=1"]
     folder = prepare(tmp_path / "run", *more, "data.eval.delay_s=0.2", base=EVALUATED)  # 8 s on one rank
-    assert run(folder, 1, stop_after=4) == [85]
+    assert run(folder, 1, stop_at=2) == [85]
     assert [event["step"] for event in events(folder, "checkpoint_committed")] == [2]
     assert not events(folder, "evaluated")
     continued = prepare(

@@ -122,7 +122,7 @@ def test_any_world_size_continues_any_others_run(run: Run, tmp_path: Path) -> No
 def test_sigterm_keeps_what_was_used_and_not_what_was_read_ahead(run: Run, tmp_path: Path) -> None:
     data = f"data.train={{_target_: streams.Sequences, lengths: {LENGTHS}, delay_s: 0.01}}"
     folder = prepare(tmp_path / "run", data, "train.steps=60", "data.workers=1")
-    assert run(folder, 2, stop_after=4) == [85, 85]
+    assert run(folder, 2, stop_at=4) == [85, 85]
     done = len(losses(folder))
     assert 0 < done < 60
     assert run(folder, 2, attempt=2, resume=[done, 1]) == [0, 0]

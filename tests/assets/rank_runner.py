@@ -1,13 +1,14 @@
 """Runs real workers without agents: imports torch once, then forks the ranks of one case after another.
 
 Reads cases on stdin, one JSON object a line: {"run_dir", "world_size", "attempt", "resume": [step, attempt] | null,
-"stop_after": seconds, "full_at": [steps at which rank 0's disk is full]}.
+"stop_at": step after which all get a SIGTERM, "full_at": [steps at which rank 0's disk is full]}.
 The run directory holds config.yaml. Prints a JSON list of exit codes for each. Modules that the arguments name are
 imported first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -89,8 +90,8 @@ def run(case: dict[str, Any]) -> list[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         pids = [start_rank(case, rank, listener) for rank in range(case["world_size"])]
-    if case.get("stop_after"):
-        time.sleep(case["stop_after"])
+    if case.get("stop_at"):
+        _wait_for_step(case["run_dir"], case["stop_at"])
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
     codes = dict.fromkeys(pids, 0)
@@ -104,6 +105,15 @@ def run(case: dict[str, Any]) -> list[int]:
             for other in left:
                 os.kill(other, signal.SIGKILL)
     return [codes[pid] for pid in pids]
+
+
+def _wait_for_step(run_dir: str, step: int) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(run_dir, "metrics.jsonl")) as file:
+            if sum(1 for _ in file) >= step:
+                return
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":
