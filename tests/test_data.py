@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -52,7 +53,13 @@ def make(dataset: Any, *, workers: int, steps: int = 6, **more: Any) -> Batches:
 
 
 def loaders() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
+    """Living ones: an earlier test's child may be a zombie still, which has no command line."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def read(batches: Batches, steps: range) -> None:
