@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Run, events, failure, losses, metrics, numbers, prepare, rank_functions, rank_runner, worst_difference
+from cases import (
+    Ask,
+    Run,
+    events,
+    failure,
+    losses,
+    metrics,
+    numbers,
+    prepare,
+    rank_functions,
+    rank_runner,
+    worst_difference,
+)
 from parity import TOLERANCE, Transformer
 from torch import nn
 
@@ -22,7 +34,6 @@ from dtrain.strategies.forwards import prepare_forwards
 from dtrain.strategies.lossscale import GROWTH_INTERVAL_STEPS, LossScale
 from dtrain.strategies.units import units
 
-Ask = Callable[..., list[Any]]
 DDP, FSDP = {"name": "ddp"}, {"name": "fsdp"}
 HSDP = {"name": "fsdp", "replicate": 2}
 

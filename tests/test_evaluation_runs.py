@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
+from cases import Run, events, losses, rank_runner
 
 from dtrain.cluster.filestore import FileStorage
-from dtrain.launcher.compose import dump_resolved, load_config
 from dtrain.runtime.checkpoint.attempts import claim_attempt
 
 ASSETS = Path(__file__).parent / "assets"
@@ -31,58 +29,24 @@ BASE: dict[str, Any] = {
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-Run = Callable[..., list[int]]
-
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """run(run_dir, world_size, ...) -> exit codes; one process for the module, which imports torch once."""
-    with subprocess.Popen(
-        [sys.executable, ASSETS / "rank_runner.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
-
-        def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
-            print(json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=requests, flush=True)
-            codes: list[int] = json.loads(answers.readline())
-            return codes
-
+    with rank_runner() as run_case:
         yield run_case
-        requests.close()
-        process.wait(30)
 
 
 def prepare(folder: Path, *overrides: str, **sections: Any) -> Path:
-    """A run directory with the resolved config that a launch would leave there."""
-    folder.mkdir(parents=True)
-    config = folder / "cfg.yaml"
-    config.write_text(json.dumps({key: value for key, value in {**BASE, **sections}.items() if value is not None}))
-    resolved = load_config(config, list(overrides), run_dir=str(folder), name="case")
-    (folder / "config.yaml").write_text(dump_resolved(resolved))
-    return folder
+    base = {key: value for key, value in {**BASE, **sections}.items() if value is not None}
+    return cases.prepare(folder, *overrides, base=base)
 
 
 def records(folder: Path, name: str = "evaluations") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
-def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in records(folder, "metrics")]
-
-
 def reports(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"report-{rank}.jsonl").read_text().splitlines()]
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    found = [report["event"] for report in reports(folder) if report["type"] == "event"]
-    return [event for event in found if event["type"] == kind]
 
 
 def test_metrics_are_the_same_numbers_in_any_layout(run: Run, tmp_path: Path) -> None:

@@ -6,20 +6,18 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
+from cases import Run, events, losses, rank_runner
 from torch import nn
 from torch.utils.data import default_collate
 
 from dtrain.cluster.storage import open_storage
-from dtrain.launcher.compose import dump_resolved, load_config
 from dtrain.runtime.checkpoint.attempts import claim_attempt
 from dtrain.runtime.checkpoint.loader import load_model
 from dtrain.runtime.export import Request, export
@@ -34,7 +32,6 @@ MODELS = {  # and the auto class that opens its folders
     "bert": "AutoModelForMaskedLM",
     "vit": "AutoModelForImageClassification",
 }
-Run = Callable[..., list[int]]
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -48,59 +45,28 @@ def hf() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """run(run_dir, world_size, ...) -> exit codes of workers, forked from one that has imported transformers."""
-    with subprocess.Popen(
-        [sys.executable, ASSETS / "rank_runner.py", "hf"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
-
-        def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
-            print(json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=requests, flush=True)
-            codes: list[int] = json.loads(answers.readline())
-            return codes
-
+    with rank_runner(preload=["hf"]) as run_case:
         yield run_case
-        requests.close()
-        process.wait(30)
 
 
 def prepare(folder: Path, name: str, *overrides: str, model: dict[str, Any] | None = None) -> Path:
-    """A run directory with the resolved config that a launch would leave there."""
-    folder.mkdir(parents=True)
     base = {
         "model": model or {"_target_": "hf.from_config", "name": name},
         "data": {"train": {"_target_": "hf.Samples", "name": name}, "batch_size": 5},
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.003},
         "train": {"steps": STEPS, "clip_grad_norm": 1.0, "micro_batch": 2},
     }
-    config = folder / "cfg.yaml"
-    config.write_text(json.dumps(base))
-    resolved = load_config(config, list(overrides), run_dir=str(folder), name="case")
-    (folder / "config.yaml").write_text(dump_resolved(resolved))
-    return folder
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return cases.prepare(folder, *overrides, base=base)
 
 
 def event(folder: Path, kind: str) -> dict[str, Any]:
-    lines = map(json.loads, (folder / "report-0.jsonl").read_text().splitlines())
-    (found,) = (r["event"] for r in lines if r["type"] == "event" and r["event"]["type"] == kind)
+    (found,) = events(folder, kind)
     assert isinstance(found, dict)
     return found
 
 
 def failure(folder: Path) -> str:
-    lines = map(json.loads, (folder / "report-0.jsonl").read_text().splitlines())
-    (found,) = (record["message"] for record in lines if record["type"] == "failure")
-    return str(found)
+    return str(cases.failure(folder)["message"])
 
 
 @pytest.mark.parametrize("name", MODELS)

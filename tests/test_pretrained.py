@@ -3,16 +3,13 @@ and frozen parameters stay what they were."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import Ask, rank_functions
 from safetensors.torch import save_file
 
 from dtrain.cluster.errors import UsageError
@@ -21,32 +18,13 @@ from dtrain.runtime.config import OptimizerConfig, Target
 from dtrain.runtime.modelconfig import ModelConfig
 
 ASSETS = Path(__file__).parent / "assets"
-Ask = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """ask(name, world_size, ...): what weight_functions.<name> returns on each rank."""
-    with subprocess.Popen(
-        [sys.executable, ASSETS / "rank_functions.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
-
-        def ask_ranks(name: str, world_size: int, **kwargs: Any) -> list[Any]:
-            request = {"call": f"weight_functions.{name}", "world_size": world_size, "kwargs": kwargs}
-            print(json.dumps(request), file=requests, flush=True)
-            found: list[Any] = json.loads(answers.readline())
-            return found
-
+    with rank_functions(module="weight_functions") as ask_ranks:
         yield ask_ranks
-        requests.close()
-        process.wait(30)
 
 
 @pytest.fixture

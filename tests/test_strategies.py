@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import Ask, rank_functions
 
 from dtrain.strategies.ddp import BucketedAllReduce
 
 ASSETS = Path(__file__).parent / "assets"
 LAYOUTS = [("ddp", 2, 1), ("ddp", 3, 3), ("fsdp", 2, 1), ("fsdp", 3, 3)]  # strategy, ranks, micro-batches
-Ask = Callable[..., list[Any]]
 
 pytestmark = [pytest.mark.e2e]
 
@@ -25,26 +21,8 @@ pytestmark = [pytest.mark.e2e]
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """ask(name, world_size, ...): what odd_models.<name> returns on each rank."""
-    with subprocess.Popen(
-        [sys.executable, ASSETS / "rank_functions.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
-
-        def ask_ranks(name: str, world_size: int, **kwargs: Any) -> list[Any]:
-            request = {"call": f"odd_models.{name}", "world_size": world_size, "kwargs": kwargs}
-            print(json.dumps(request), file=requests, flush=True)
-            found: list[Any] = json.loads(answers.readline())
-            return found
-
+    with rank_functions(module="odd_models") as ask_ranks:
         yield ask_ranks
-        requests.close()
-        process.wait(30)
 
 
 def flat(value: Any) -> list[float]:

@@ -3,89 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from dtrain.launcher.compose import dump_resolved, load_config
+from cases import PARITY, Run, events, failure, metrics, prepare, rank_runner
 
 ASSETS = Path(__file__).parent / "assets"
 STEPS = 50
-BASE: dict[str, Any] = {
-    "model": {"_target_": "parity.Transformer"},
-    "loss": "parity.mean_loss",
-    "data": {"train": {"_target_": "parity.Tokens"}, "batch_size": 13},  # divided by no world size of 2, 3, 4
-    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.001, "groups": [{"match": "*norm*", "weight_decay": 0.0}]},
-    "schedule": {"name": "cosine", "warmup": 5},
-    "train": {"steps": STEPS, "clip_grad_norm": 1.0, "micro_batch": 4},
-}
+BASE = PARITY
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-
-Run = Callable[..., list[int]]
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """run(run_dir, world_size, ...) -> exit codes; one process for the module, which imports torch once."""
-    with subprocess.Popen(
-        [sys.executable, ASSETS / "rank_runner.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
-
-        def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
-            print(json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=requests, flush=True)
-            codes: list[int] = json.loads(answers.readline())
-            return codes
-
+    with rank_runner() as run_case:
         yield run_case
-        requests.close()
-        process.wait(30)
-
-
-def prepare(folder: Path, *overrides: str, base: dict[str, Any] = BASE) -> Path:
-    """A run directory with the resolved config that a launch would leave there."""
-    folder.mkdir(parents=True)
-    config = folder / "cfg.yaml"
-    config.write_text(json.dumps(base))  # JSON is YAML
-    resolved = load_config(config, list(overrides), run_dir=str(folder), name="case")
-    (folder / "config.yaml").write_text(dump_resolved(resolved))
-    return folder
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
     records = metrics(folder)
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     return [record["loss"] for record in records]
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "report-0.jsonl").read_text().splitlines()
-    return [r["event"] for r in map(json.loads, lines) if r["type"] == "event" and r["event"]["type"] == kind]
-
-
-def failure(folder: Path, rank: int = 0) -> dict[str, Any]:
-    lines = (folder / f"report-{rank}.jsonl").read_text().splitlines()
-    (found,) = (r for r in map(json.loads, lines) if r["type"] == "failure")
-    assert isinstance(found, dict)
-    return found
 
 
 def assert_same_curve(found: list[float], wanted: list[float], tolerance: float = 1e-6) -> None:

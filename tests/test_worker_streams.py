@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
-
-from dtrain.launcher.compose import dump_resolved, load_config
+from cases import Run, events, metrics, rank_runner
 
 ASSETS = Path(__file__).parent / "assets"
 LENGTHS = [19, 7, 23, 11, 16]
@@ -31,52 +31,21 @@ BASE: dict[str, Any] = {
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-Run = Callable[..., list[int]]
-
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """run(run_dir, world_size, ...) -> exit codes; one process for the module, which imports torch once."""
-    with subprocess.Popen(
-        [sys.executable, ASSETS / "rank_runner.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
-
-        def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
-            print(json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=requests, flush=True)
-            codes: list[int] = json.loads(answers.readline())
-            return codes
-
+    with rank_runner() as run_case:
         yield run_case
-        requests.close()
-        process.wait(30)
 
 
 def prepare(folder: Path, *overrides: str, base: dict[str, Any] = BASE) -> Path:
-    """A run directory with the resolved config that a launch would leave there."""
-    folder.mkdir(parents=True)
-    config = folder / "cfg.yaml"
-    config.write_text(json.dumps(base))  # JSON is YAML
-    resolved = load_config(config, list(overrides), run_dir=str(folder), name="case")
-    (folder / "config.yaml").write_text(dump_resolved(resolved))
-    return folder
+    return cases.prepare(folder, *overrides, base=base)
 
 
 def losses(folder: Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(folder)
     assert [record["step"] for record in records] == list(range(records[0]["step"], records[0]["step"] + len(records)))
     return [record["loss"] for record in records]
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "report-0.jsonl").read_text().splitlines()
-    return [r["event"] for r in map(json.loads, lines) if r["type"] == "event" and r["event"]["type"] == kind]
 
 
 def seen(folder: Path) -> Counter[str]:

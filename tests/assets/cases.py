@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dtrain.launcher.compose import dump_resolved, load_config
 
 ASSETS = Path(__file__).parent
 Run = Callable[..., list[int]]
+Ask = Callable[..., list[Any]]
 
 PARITY: dict[str, Any] = {
     "model": {"_target_": "parity.Transformer"},
@@ -28,34 +29,35 @@ PARITY: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def rank_runner(environ: dict[str, str] | None = None) -> Iterator[Run]:
-    """run(run_dir, world_size, ...) -> exit codes; one process, which imports torch once."""
-    with subprocess.Popen(
-        [sys.executable, ASSETS / "rank_runner.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
+def rank_runner(environ: dict[str, str] | None = None, *, preload: Sequence[str] = ()) -> Iterator[Run]:
+    """run(run_dir, world_size, ...) -> exit codes; one process, which imports torch and `preload` once."""
+    with _answering("rank_runner.py", preload, environ) as answer:
 
         def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
-            print(json.dumps({"run_dir": str(run_dir), "world_size": world_size, **more}), file=requests, flush=True)
-            codes: list[int] = json.loads(answers.readline())
-            return codes
+            return answer({"run_dir": str(run_dir), "world_size": world_size, **more})
 
         yield run_case
-        requests.close()
-        process.wait(30)
 
 
 @contextlib.contextmanager
-def rank_functions(environ: dict[str, str] | None = None) -> Iterator[Callable[..., list[Any]]]:
-    """ask("module.function", world_size, ...): what it returns on each rank; one process, which imports torch once."""
+def rank_functions(environ: dict[str, str] | None = None, *, module: str = "") -> Iterator[Ask]:
+    """ask("module.function", world_size, ...): what it returns on each rank; one process, which imports torch once.
+    With `module` its functions are asked for by their names alone."""
+    with _answering("rank_functions.py", (), environ) as answer:
+
+        def ask(call: str, world_size: int, **kwargs: Any) -> list[Any]:
+            return answer({"call": f"{module}.{call}" if module else call, "world_size": world_size, "kwargs": kwargs})
+
+        yield ask
+
+
+@contextlib.contextmanager
+def _answering(
+    script: str, arguments: Sequence[str], environ: dict[str, str] | None
+) -> Iterator[Callable[[dict[str, Any]], list[Any]]]:
+    """One of the two scripts beside this file: a line of JSON for a line of JSON."""
     with subprocess.Popen(
-        [sys.executable, ASSETS / "rank_functions.py"],
+        [sys.executable, ASSETS / script, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -65,13 +67,12 @@ def rank_functions(environ: dict[str, str] | None = None) -> Iterator[Callable[.
         assert process.stdout is not None
         requests, answers = process.stdin, process.stdout
 
-        def ask(call: str, world_size: int, **kwargs: Any) -> list[Any]:
-            request = {"call": call, "world_size": world_size, "kwargs": kwargs}
+        def answer(request: dict[str, Any]) -> list[Any]:
             print(json.dumps(request), file=requests, flush=True)
             found: list[Any] = json.loads(answers.readline())
             return found
 
-        yield ask
+        yield answer
         requests.close()
         process.wait(30)
 
