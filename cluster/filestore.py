@@ -19,7 +19,7 @@ from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import AlreadyExists, StorageError, UsageError
-from dtrain.cluster.storage import ObjectInfo, is_key
+from dtrain.cluster.storage import ObjectInfo, check_directory, check_key, is_key
 
 _UPLOAD_MARK = ".upload-"
 _unique = itertools.count()
@@ -88,8 +88,7 @@ class FileStorage:
                 yield ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime)
 
     def list_dirs(self, prefix: str) -> Sequence[str]:
-        if prefix and not prefix.endswith("/"):
-            raise StorageError(f"list_dirs: the prefix {prefix!r} must be empty or end in '/'")
+        check_directory(prefix)
         start = self._path(prefix[:-1]) if prefix else self.root
         names = [entry.name for entry in _scan(start) if entry.is_dir(follow_symlinks=False)]
         return sorted(name for name in names if is_key(name) and any(True for _ in self.list(f"{prefix}{name}/")))
@@ -129,11 +128,7 @@ class FileStorage:
             raise UsageError(str(error)) from error
 
     def _path(self, key: str) -> Path:
-        if not is_key(key):
-            raise StorageError(
-                f"{key!r} is not a key of {self.url}: keys are relative, their parts are not empty, "
-                "begin with no dot and hold no NUL"
-            )
+        check_key(key, self.url)
         return self.root / key
 
 

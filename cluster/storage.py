@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
+from dtrain.cluster.errors import StorageError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
@@ -94,3 +96,18 @@ def scheme_of(url: str) -> str:
 def is_key(key: str) -> bool:
     """Whether a caller may name an object so."""
     return "\0" not in key and all(part and not part.startswith(".") for part in key.split("/"))
+
+
+def check_key(key: str, url: str) -> None:
+    """Raises StorageError for what is no key of the store at `url`."""
+    if not is_key(key):
+        raise StorageError(
+            f"{key!r} is not a key of {url}: keys are relative, their parts are not empty, "
+            "begin with no dot and hold no NUL"
+        )
+
+
+def check_directory(prefix: str) -> None:
+    """Raises StorageError for what list_dirs does not take."""
+    if prefix and not prefix.endswith("/"):
+        raise StorageError(f"list_dirs: the prefix {prefix!r} must be empty or end in '/'")

@@ -242,6 +242,6 @@ def directory_obstacle(path: Path) -> str:
         return f"{path} {what}. Choose another path."
     status = os.statvfs(place)
     free = status.f_bavail * status.f_frsize
-    if free < _MIN_FREE_BYTES:
+    if status.f_blocks and free < _MIN_FREE_BYTES:  # some network file systems tell no size at all
         return f"the disk of {place} is full ({free // 1024} KiB left). Free space there, or choose another path."
     return ""

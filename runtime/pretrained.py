@@ -10,7 +10,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from dtrain.cluster.errors import StorageError, UsageError
 from dtrain.cluster.storage import Storage, open_storage
 from dtrain.runtime.checkpoint.dtypes import item_bytes
-from dtrain.runtime.checkpoint.loader import NUM_THREADS, Request
+from dtrain.runtime.checkpoint.loader import Request, run_all
 from dtrain.runtime.checkpoint.ranges import byte_runs, byte_span, pieces, strides_of
 from dtrain.runtime.checkpoint.share import fill_shared
 from dtrain.runtime.checkpoint.torchtypes import TORCH_DTYPES
@@ -167,14 +166,7 @@ def _broadcast(data: bytes, rank: int) -> bytes:
 
 def _read_all(storage: Storage, match: Match, requests: Iterable[Request]) -> None:
     """Any box of a stored tensor into any tensor of its shape, in the dtype of the latter."""
-    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="weights") as pool:
-        futures = [pool.submit(_read, storage, match.sources[name], box, target) for name, box, target in requests]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    run_all(_read, ((storage, match.sources[name], box, target) for name, box, target in requests))
 
 
 def _read(storage: Storage, stored: StoredTensor, box: Box, target: Tensor) -> None:

@@ -8,9 +8,9 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import AlreadyExists, DtrainError
+from dtrain.cluster.filestore import FileStorage
 from dtrain.cluster.storage import IMPATIENT_RETRY_S, Storage, open_storage
 from dtrain.launcher.doctor.finding import Finding, ok, problem, warn
 
@@ -23,9 +23,9 @@ _MAX_SKEW_S = 60.0  # leases of checkpoints are minutes
 def examine(url: str) -> Iterator[Finding]:
     """One finding a right, up to the first that is refused: the rest would be refused as well."""
     probe = f"doctor-{secrets.token_hex(4)}"
-    made = _missing_folders(url)
     try:
         storage = open_storage(url, retry_s=IMPATIENT_RETRY_S)
+        made = _missing_folders(storage)
         storage.check_writable(_TIMEOUT_S)
     except (DtrainError, OSError) as error:
         yield problem(TOPIC, url, str(error), "The run needs to put, read, list and delete objects there.")
@@ -45,13 +45,11 @@ def examine(url: str) -> Iterator[Finding]:
             folder.rmdir()
 
 
-def _missing_folders(url: str) -> list[Path]:
-    """Those that a first file below a local path makes, innermost first."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("", "file"):
+def _missing_folders(storage: Storage) -> list[Path]:
+    """Those that a first file below a local directory makes, innermost first."""
+    if not isinstance(storage, FileStorage):
         return []
-    path = Path(os.path.abspath(unquote(parts.path) if parts.scheme else url))
-    return [folder for folder in (path, *path.parents) if not folder.exists()]
+    return [folder for folder in (storage.root, *storage.root.parents) if not folder.exists()]
 
 
 def _small_object(storage: Storage, probe: str) -> Finding:

@@ -4,10 +4,10 @@ wanted bytes and no others, and verifies every block before its bytes are used."
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -44,8 +44,13 @@ def load_tensors(storage: Storage, manifest: Manifest, requests: Iterable[Reques
             f"step {manifest.step} of attempt {manifest.attempt} can't serve the request:\n  " + "\n  ".join(problems)
         )
     reader = _Reader(storage, manifest)
+    run_all(reader.fill, (piece for request in wanted for piece in _plan(manifest, files, request)))
+
+
+def run_all(work: Callable[..., None], calls: Iterable[tuple[Any, ...]]) -> None:
+    """`work(*call)` for each call, some at once. The first error is raised, and what has not begun is left undone."""
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="checkpoint-load") as pool:
-        futures = [pool.submit(reader.fill, *piece) for request in wanted for piece in _plan(manifest, files, request)]
+        futures = [pool.submit(work, *call) for call in calls]
         try:
             for future in futures:
                 future.result()

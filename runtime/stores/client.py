@@ -20,7 +20,7 @@ from dtrain.runtime.stores.connect import connect
 from dtrain.runtime.stores.limits import Limits
 from dtrain.runtime.stores.pieces import send_pieces
 from dtrain.runtime.stores.place import Place
-from dtrain.runtime.stores.refusals import in_words, is_missing_bucket, is_passing, status_of
+from dtrain.runtime.stores.refusals import cut_short, in_words, is_missing_bucket, is_passing, status_of
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -160,11 +160,7 @@ class ObjectClient:
             raise self._short(key, offset, target.nbytes)
 
     def _short(self, key: str, offset: int, size_bytes: int) -> StorageError:
-        found = self.head(key)
-        size = "is gone" if found is None else f"ends at {found.size_bytes}. It was cut short after it was written."
-        return StorageError(
-            f"can't read {self.place.url}/{key}: asked for bytes {offset} to {offset + size_bytes}, but it {size}"
-        )
+        return cut_short(self.place.url, key, offset, size_bytes, self.head(key))
 
     def head(self, key: str) -> ObjectInfo | None:
         import obstore

@@ -15,9 +15,10 @@ from datetime import datetime
 from typing import Any
 
 from dtrain.cluster.errors import StorageError, UsageError
-from dtrain.cluster.storage import RETRY_S, ObjectInfo, is_key
+from dtrain.cluster.storage import RETRY_S, ObjectInfo, check_directory, check_key, is_key
 from dtrain.runtime.stores import probing, tickets
 from dtrain.runtime.stores.place import refuse_secrets
+from dtrain.runtime.stores.refusals import cut_short
 
 FORCED = "fsspec+"
 UPLOADS = ".uploads"
@@ -91,15 +92,8 @@ class FsspecStorage:
             if (found := self.stat(key)) is None or offset < found.size_bytes:
                 raise
         if len(data) != view.nbytes:
-            raise self._short(key, offset, view.nbytes)
+            raise cut_short(self.url, key, offset, view.nbytes, self.stat(key))
         view[:] = data
-
-    def _short(self, key: str, offset: int, size_bytes: int) -> StorageError:
-        found = self.stat(key)
-        size = "is gone" if found is None else f"ends at {found.size_bytes}. It was cut short after it was written."
-        return StorageError(
-            f"can't read {self.url}/{key}: asked for bytes {offset} to {offset + size_bytes}, but it {size}"
-        )
 
     def stat(self, key: str) -> ObjectInfo | None:
         self._check(key)
@@ -110,8 +104,7 @@ class FsspecStorage:
         return None
 
     def list_dirs(self, prefix: str) -> Sequence[str]:
-        if prefix and not prefix.endswith("/"):
-            raise StorageError(f"list_dirs: the prefix {prefix!r} must be empty or end in '/'")
+        check_directory(prefix)
         found = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._words(f"list {prefix or 'everything'}"):
             self._fs.invalidate_cache()
@@ -227,11 +220,7 @@ class FsspecStorage:
         return f"{self._root}/{key}".rstrip("/")
 
     def _check(self, key: str) -> None:
-        if not is_key(key):
-            raise StorageError(
-                f"{key!r} is not a key of {self.url}: keys are relative, their parts are not empty, "
-                "begin with no dot and hold no NUL"
-            )
+        check_key(key, self.url)
 
     @contextlib.contextmanager
     def _words(self, what: str) -> Iterator[None]:

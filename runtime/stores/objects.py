@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from dtrain.cluster.errors import AlreadyExists, StorageError, UsageError
-from dtrain.cluster.storage import RETRY_S, ObjectInfo, is_key
+from dtrain.cluster.storage import RETRY_S, ObjectInfo, check_directory, check_key, is_key
 from dtrain.runtime.stores import probing, tickets
 from dtrain.runtime.stores.client import ObjectClient
 from dtrain.runtime.stores.limits import Limits
@@ -71,8 +71,7 @@ class ObjectStorage:
         return self._client.head(key)
 
     def list_dirs(self, prefix: str) -> Sequence[str]:
-        if prefix and not prefix.endswith("/"):
-            raise StorageError(f"list_dirs: the prefix {prefix!r} must be empty or end in '/'")
+        check_directory(prefix)
         return sorted(name for name in self._client.directories(prefix.rstrip("/")) if is_key(name))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -162,11 +161,7 @@ class ObjectStorage:
         raise StorageError(f"can't write {self.url}/{key}: the store says that it exists, and that it does not")
 
     def _check(self, key: str) -> None:
-        if not is_key(key):
-            raise StorageError(
-                f"{key!r} is not a key of {self.url}: keys are relative, their parts are not empty, "
-                "begin with no dot and hold no NUL"
-            )
+        check_key(key, self.url)
 
 
 def _require_packages(scheme: str) -> None:

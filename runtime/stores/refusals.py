@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 from dtrain.cluster.errors import StorageError
+from dtrain.cluster.storage import ObjectInfo
 from dtrain.runtime.stores.place import Place
 
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -104,3 +105,9 @@ def is_passing(error: BaseException) -> bool:
     """Whether another try may succeed: no answer came, or one that speaks of the moment."""
     status = status_of(error)
     return status is None or status in (408, 409, 429, 500, 502, 503, 504)
+
+
+def cut_short(url: str, key: str, offset: int, size_bytes: int, found: ObjectInfo | None) -> StorageError:
+    """For a read of `size_bytes` from `offset` on that got fewer. `found`: what the store has under the key."""
+    size = "is gone" if found is None else f"ends at {found.size_bytes}. It was cut short after it was written."
+    return StorageError(f"can't read {url}/{key}: asked for bytes {offset} to {offset + size_bytes}, but it {size}")
