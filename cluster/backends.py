@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 from dtrain.cluster.errors import UsageError
@@ -18,6 +19,10 @@ from dtrain.cluster.zygote import Zygote
 
 
 class Backend(Protocol):
+    @property
+    def detaches(self) -> bool:
+        """Whether Ctrl-C in a follower leaves the run alone, which a scheduler keeps; else it saves and ends it."""
+
     def render(self, plan: JobPlan) -> str:
         """The commands that `submit` runs, one a node. Pure: equal plans give equal text."""
 
@@ -30,8 +35,19 @@ class Backend(Protocol):
         The caller has written config.yaml, job.json and control/<job_id>/token. `zygote` is what `preload` gave.
         """
 
-    def state(self, plan: JobPlan) -> Liveness:
-        """Whether any agent lives. Unknown where they were started from another host."""
+    def state(self, plan: JobPlan, max_age_s: float = 0.0) -> Liveness:
+        """Whether any agent lives, or may still be started by a scheduler that has the job. Unknown where they were
+        started from another host, and while a scheduler does not answer. `max_age_s`: an answer that old will do, so
+        that many followers ask a scheduler rarely."""
+
+    def reason(self, plan: JobPlan) -> str:
+        """Why it is not running, in the scheduler's words, from what `state` has found; "" where nothing is to say."""
+
+    def restarts_after_stop(self, plan: JobPlan) -> bool:
+        """Whether a job that stopped (85) may be started again under the same job id, without a person."""
+
+    def hasten(self, plan: JobPlan) -> None:
+        """Called by followers while nothing runs: releases a restart that is only held back for a while."""
 
     def stop(self, plan: JobPlan) -> None:
         """Asks the agents to save and end."""
@@ -44,6 +60,12 @@ class Backend(Protocol):
 
     def clear(self, plan: JobPlan) -> None:
         """Ends what is left of nodes in whose place others were started: a frozen node may wake up much later."""
+
+    def give_back(self, plan: JobPlan, nodes: Sequence[int], reason: str) -> bool:
+        """These node ranks can't be had again inside the job. True: it will be started anew without them."""
+
+    def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """What workers may inherit of their agent's environment."""
 
     def interface(self, plan: JobPlan) -> Interface:
         """The one, of the calling node, at which the other nodes reach it. Raises UsageError."""

@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,10 @@ _AGENT = ("-P", "-m", "dtrain.runtime.agent")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalBackend:
     agent_args: tuple[str, ...] = ()  # appended to each agent's command; see runtime/options.py
+
+    @property
+    def detaches(self) -> bool:
+        return False
 
     def render(self, plan: JobPlan) -> str:
         lines = [f"# {plan.nodes} simulated node(s) on this machine, {plan.procs_per_node} worker(s) each"]
@@ -85,12 +89,27 @@ class LocalBackend:
             if record is not None:
                 ProcessId.from_json(record).kill(signal.SIGKILL)
 
-    def state(self, plan: JobPlan) -> Liveness:
+    def state(self, plan: JobPlan, max_age_s: float = 0.0) -> Liveness:
         found = {process.liveness() for process in self._agents(plan)}
         if "alive" in found:
             return "alive"
         ended = RunDir(plan.run_dir).control(plan.job_id).ended.exists()
         return "unknown" if "unknown" in found and not ended else "gone"
+
+    def reason(self, plan: JobPlan) -> str:
+        return ""
+
+    def restarts_after_stop(self, plan: JobPlan) -> bool:
+        return False
+
+    def hasten(self, plan: JobPlan) -> None:
+        pass
+
+    def give_back(self, plan: JobPlan, nodes: Sequence[int], reason: str) -> bool:
+        return False
+
+    def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
+        return dict(environ)
 
     def stop(self, plan: JobPlan) -> None:
         for process in self._agents(plan):

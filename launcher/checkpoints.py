@@ -28,7 +28,7 @@ class Place:
 
     def is_over(self) -> bool:
         """Whether it is known that no process of the run is alive."""
-        return self.job is not None and derive(gather(self.job, self.job.backend_state())).is_over
+        return self.job is not None and derive(gather(self.job)).is_over
 
 
 def add_where(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,11 @@ still alive. What it says is in launcher/console.py, where it appears in launche
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -30,6 +31,7 @@ from dtrain.launcher.tail import JsonTail, LineTail
 POLL_S = 0.15
 KILLED = "killed by Ctrl-C (second time)"
 ASK_BACKEND_S = 2.0
+BACKEND_AGE_S = 30.0  # a scheduler is asked rarely, once for all followers: the files tell of everything but a death
 TRACEBACK_HOLD_S = 3.0
 # What comes before the first step of an attempt.
 STARTS = frozenset({"submitted", "node_joined", "attempt_started", "workers_started", "chosen", "resumed"})
@@ -187,7 +189,7 @@ def _is_traceback_glue(text: str) -> bool:
 def follow(job: Job, screen: Screen, since: Bookmark, *, attempt: int = 0) -> int:
     """Shows the run until it ends; the run's exit code. `attempt`: the one that goes on already, when coming later.
 
-    The first Ctrl-C asks the run to save and end, the second kills it.
+    The first Ctrl-C asks the run to save and end, the second kills it; where a scheduler keeps the run, it only leaves.
     """
     view = RunView(job.run, screen, since)
     if attempt:
@@ -201,14 +203,15 @@ def follow(job: Job, screen: Screen, since: Bookmark, *, attempt: int = 0) -> in
 
 
 def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float]) -> int:
+    queue = Queue(job)
     asked_at = time.monotonic()
     handled = 0
     while True:
-        ended = read_json(job.control.ended)  # read before the poll, so that the last lines are shown before the end
+        ended = job.final_end()  # read before the poll, so that the last lines are shown before the end
         view.poll()
         if ended is not None:
             return _say_outcome(job, screen, view, ended)
-        _show_stall(job, screen, view)
+        _show_wait(job, screen, view, queue)
         if len(interrupts) > handled:
             handled = len(interrupts)
             if _on_interrupt(job, screen, view, handled):
@@ -217,8 +220,42 @@ def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float])
             asked_at = time.monotonic()
             if _is_gone(job):
                 view.poll()
-                return _say_all_gone(job, screen)
+                ended = read_json(job.control.ended)
+                return _say_all_gone(job, screen) if ended is None else _say_outcome(job, screen, view, ended)
+            queue.look()
         time.sleep(POLL_S)
+
+
+class Queue:
+    """What a follower knows of a job that does not run: before its first node came, or between stop and restart."""
+
+    def __init__(self, job: Job, clock: Callable[[], float] = time.monotonic) -> None:
+        self._job = job
+        self._clock = clock
+        self._since: float | None = None
+        self.words = ""
+
+    @property
+    def waited_s(self) -> float:
+        return 0.0 if self._since is None else self._clock() - self._since
+
+    def look(self) -> None:
+        stopped = self._job.control.ended.exists()
+        if not stopped and self._job.control.status.exists():
+            self._since, self.words = None, ""
+            return
+        self._since = self._clock() if self._since is None else self._since
+        backend, plan = self._job.backend, self._job.plan
+        backend.hasten(plan)
+        reason = backend.reason(plan)
+        self.words = ": ".join(filter(None, ["stopped, to be started again" if stopped else "", reason]))
+
+
+def _show_wait(job: Job, screen: Screen, view: RunView, queue: Queue) -> None:
+    if queue.words:
+        screen.waiting(queue.waited_s, queue.words)
+    else:
+        _show_stall(job, screen, view)
 
 
 def _show_stall(job: Job, screen: Screen, view: RunView) -> None:
@@ -237,11 +274,17 @@ def _is_gone(job: Job) -> bool:
     """Asked in this order: a job that ended between the two questions has ended.json by the second."""
     if time.time() - job.submitted_at < STARTING_S and not job.control.status.exists():
         return False
-    return job.backend.state(job.plan) == "gone" and not job.control.ended.exists()
+    return job.backend.state(job.plan, BACKEND_AGE_S) == "gone" and job.final_end() is None
 
 
 def _on_interrupt(job: Job, screen: Screen, view: RunView, count: int) -> bool:
-    """True when the run was killed and there is nothing left to follow."""
+    """True when there is nothing left to follow: the run was killed, or goes on without a follower."""
+    if job.backend.detaches:
+        screen.close()
+        screen.say(Said(f"Ctrl-C: detached, job {job.plan.job_id} goes on"))
+        screen.say(Said(f"  come back:  dtrain attach {shlex.quote(job.plan.name)}"))
+        screen.say(Said(f"  end it:     dtrain cancel {shlex.quote(job.plan.name)}"))
+        return True
     if count == 1:
         screen.say(Said("Ctrl-C: saving and stopping at the end of a step; once more kills the run at once"))
         job.backend.stop(job.plan)

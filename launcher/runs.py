@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dtrain.cluster.backends import Backend, get_backend
 from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.procs import Liveness
 from dtrain.cluster.rundir import Control, RunDir, read_json
 from dtrain.cluster.storage import IMPATIENT_RETRY_S, open_storage
 from dtrain.launcher import labels
@@ -37,9 +39,18 @@ class Job:
     def backend(self) -> Backend:
         return get_backend(self.plan.backend)
 
-    def backend_state(self) -> str:
-        """alive | gone | unknown; not asked for a job whose end is written down."""
-        return "gone" if self.control.ended.exists() else self.backend.state(self.plan)
+    def may_start_again(self, ended: dict[str, Any]) -> bool:
+        """Whether a job that ended so may go on without a person: then only its back end knows if it is over."""
+        return ended.get("state") == "stopped" and self.backend.restarts_after_stop(self.plan)
+
+    def final_end(self) -> dict[str, Any] | None:
+        """The content of ended.json, where it is the job's last word."""
+        ended = read_json(self.control.ended)
+        return None if ended is None or self.may_start_again(ended) else ended
+
+    def backend_state(self, max_age_s: float = 0.0) -> Liveness:
+        """alive | gone | unknown; not asked for a job whose end is written down for good."""
+        return "gone" if self.final_end() is not None else self.backend.state(self.plan, max_age_s)
 
     def newest_checkpoint_step(self) -> int | None:
         """None where there is none, and where the store can't be asked."""

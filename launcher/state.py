@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.cluster.rundir import Control, read_json
+from dtrain.cluster.rundir import read_json
 from dtrain.launcher.runs import Job
 
 ACTIVE = frozenset({"pending", "running", "stopping", "requeued"})
@@ -24,6 +24,8 @@ class Facts:
     ended: dict[str, Any] | None
     status: dict[str, Any] | None
     backend: str  # alive | gone | unknown
+    words: str = ""  # the back end's own, about why nothing runs
+    restarts: bool = False  # a job that stopped is started again without a person
     submitted_at: float
     now: float
 
@@ -40,27 +42,38 @@ class Derived:
 
 
 def derive(facts: Facts) -> Derived:
-    """ended.json wins; then whether the processes live; what the last status said counts only while they do."""
-    status = facts.status or {}
-    seen_at = status.get("seen_at")
-    if facts.ended is not None:
-        state, reason = str(facts.ended["state"]), str(facts.ended.get("reason") or "")
-        return Derived(state=state, reason=reason, seen_at=facts.ended.get("at"))
+    """ended.json wins, unless the job may be started again; then whether the processes live; what the last status said
+    counts only while they do."""
+    ended, status = facts.ended, facts.status or {}
+    seen_at = status.get("seen_at") if ended is None else ended.get("at")
+    over = ended is not None and not (facts.restarts and ended["state"] == "stopped" and facts.backend != "gone")
+    if ended is not None and over:
+        return Derived(state=str(ended["state"]), reason=str(ended.get("reason") or ""), seen_at=seen_at)
+    last = str(ended["state"] if ended else status.get("state", ""))
     if facts.backend == "unknown":
-        return Derived(state="unknown", reason="the back end can't be asked from here", seen_at=seen_at)
+        seen = f"; last seen {last}" if facts.words and last else ""
+        words = facts.words or "the back end can't be asked from here"
+        return Derived(state="unknown", reason=words + seen, seen_at=seen_at)
+    if ended is not None:
+        return Derived(state="requeued", reason=facts.words, seen_at=seen_at)
     starting = facts.status is None and facts.now - facts.submitted_at < STARTING_S
     if facts.backend == "alive" or starting:
-        state = str(status.get("state", "pending"))
-        return Derived(state=state, reason=str(status.get("reason") or ""), seen_at=seen_at)
-    return Derived(state="failed", reason="all nodes died without a word", seen_at=seen_at)
+        reason = str(status.get("reason") or facts.words)
+        return Derived(state=last or "pending", reason=reason, seen_at=seen_at)
+    return Derived(state="failed", reason=facts.words or "all nodes died without a word", seen_at=seen_at)
 
 
-def gather(job: Job, backend_state: str) -> Facts:
-    control: Control = job.control
+def gather(job: Job) -> Facts:
+    # ended.json is read again after the processes were found gone: a job that ends in between has ended, not died.
+    backend_state, control = job.backend_state(), job.control
+    ended = read_json(control.ended)
+    may_restart = ended is None or job.may_start_again(ended)
     return Facts(
-        ended=read_json(control.ended),
+        ended=ended,
         status=read_json(control.status),
         backend=backend_state,
+        words=job.backend.reason(job.plan) if may_restart else "",
+        restarts=ended is not None and may_restart,
         submitted_at=job.submitted_at,
         now=time.time(),
     )
@@ -78,8 +91,7 @@ def documented(status: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_status(job: Job, *, look_for_checkpoint: bool = True) -> dict[str, Any]:
     """The object of `status --json`, its workers with more. `look_for_checkpoint` False spares the store a listing."""
-    # ended.json is read again after the processes were found gone: a job that ends in between has ended, not died.
-    facts = gather(job, job.backend_state())
+    facts = gather(job)
     derived = derive(facts)
     status = facts.status or {}
     ended_step = (facts.ended or {}).get("step")

@@ -110,6 +110,33 @@ STATES: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str, float, str
 ]
 
 
+STOPPED = {**ENDED, "state": "stopped", "exit_code": 85, "step": 7, "reason": "time limit"}
+
+OF_A_SCHEDULER: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str, str, str, str]] = [
+    # ended, status, back end, its words -> state, reason
+    (STOPPED, RUNNING, "alive", "waits for Resources", "requeued", "waits for Resources"),
+    (STOPPED, RUNNING, "gone", "COMPLETED", "stopped", "time limit"),
+    (STOPPED, RUNNING, "unknown", "no answer", "unknown", "no answer; last seen stopped"),
+    (ENDED, RUNNING, "alive", "RUNNING", "done", ""),
+    (None, None, "alive", "waits for Priority", "pending", "waits for Priority"),
+    (None, RUNNING, "alive", "", "running", ""),
+    (None, RUNNING, "unknown", "no answer", "unknown", "no answer; last seen running"),
+    (None, RUNNING, "gone", "Slurm ended it: OUT_OF_MEMORY", "failed", "Slurm ended it: OUT_OF_MEMORY"),
+]
+
+
+@pytest.mark.parametrize(("ended", "status", "backend", "words", "state", "reason"), OF_A_SCHEDULER)
+def test_state_of_a_run_that_a_scheduler_may_start_again(
+    ended: dict[str, Any] | None, status: dict[str, Any] | None, backend: str, words: str, state: str, reason: str
+) -> None:
+    facts = Facts(
+        ended=ended, status=status, backend=backend, words=words, restarts=True, submitted_at=900.0, now=1000.0
+    )
+    found = derive(facts)
+    assert (found.state, found.reason) == (state, reason)
+    assert found.is_over == (state in ("done", "failed", "stopped"))
+
+
 @pytest.mark.parametrize(("ended", "status", "backend", "age", "state"), STATES)
 def test_state_of_a_run(
     ended: dict[str, Any] | None, status: dict[str, Any] | None, backend: str, age: float, state: str

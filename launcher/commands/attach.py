@@ -15,7 +15,9 @@ from dtrain.launcher.runs import resolve
 from dtrain.launcher.screen import make_screen
 from dtrain.launcher.state import ACTIVE, read_status
 
-HELP = "Follows a run from now until it ends. Ctrl-C asks the run to save and stop; a second one kills it."
+HELP = (
+    "Follows a run from now until it ends. Ctrl-C leaves a run that a scheduler keeps; a local one it saves and stops."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +32,11 @@ def run(args: argparse.Namespace) -> int:
     status = read_status(job)
     print("\n".join(view(status, read_json(job.run.failure), now=time.time())), flush=True)
     ended = read_json(job.control.ended)
-    if ended is not None:
+    if ended is not None and status["state"] not in (*ACTIVE, "unknown"):
         return int(ended.get("exit_code", exits.FAILED))
     if status["state"] in ACTIVE:
-        print("following; Ctrl-C saves and stops the run, a second one kills it", flush=True)
+        leaving = (
+            "leaves, the run goes on" if job.backend.detaches else "saves and stops the run, a second one kills it"
+        )
+        print(f"following; Ctrl-C {leaving}", flush=True)
     return follow(job, make_screen(job.steps), since, attempt=int(status["attempt"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
-from dtrain.cluster.rundir import read_json, write_once
+from dtrain.cluster.rundir import read_json, write_atomic, write_once
 from dtrain.launcher.departure import wait_until_gone
 from dtrain.launcher.follow import again_command
 from dtrain.launcher.runs import Job, resolve
@@ -34,16 +35,18 @@ def run(args: argparse.Namespace) -> int:
         print(remark, file=sys.stderr)
     status = read_status(job, look_for_checkpoint=False)
     if status["state"] == "unknown":
-        print(
-            f"{args.run}: {status['reason']}; nothing was done. Cancel it from where it was launched.", file=sys.stderr
+        where = (
+            "Cancel it again when it can be asked." if job.backend.detaches else "Cancel it from where it was launched."
         )
+        print(f"{args.run}: {status['reason']}; nothing was done. {where}", file=sys.stderr)
         return exits.UNKNOWN
-    if read_json(job.control.ended) is not None or job.backend_state() == "gone":
+    if job.final_end() is not None or job.backend_state() == "gone":
         print(f"{job.plan.name} is over already: {status['state']} at step {status['step']}")
         return exits.DONE
     write_once(job.control.cancel, b"", mode=0o600)
     job.backend.stop(job.plan)
-    print(f"{job.plan.name}: cancelling, its state is saved first", flush=True)
+    saving = "it does not run now" if status["state"] in ("pending", "requeued") else "its state is saved first"
+    print(f"{job.plan.name}: cancelling, {saving}", flush=True)
     if not _wait_for_end(job, args.grace, time.monotonic):
         job.backend.kill(job.plan)
         end(
@@ -51,23 +54,33 @@ def run(args: argparse.Namespace) -> int:
             reason=f"killed: it did not end within {args.grace:g} s", step=int(status["step"] or 0),
         )  # fmt: skip
     wait_until_gone(job)
-    return _say_how_it_ended(job)
+    never_began = status["state"] == "pending" and not job.control.status.exists()
+    return _say_how_it_ended(job, "before it began" if never_began else "its nodes died while it was saving")
 
 
 def _wait_for_end(job: Job, grace_s: float, clock: Callable[[], float]) -> bool:
     """True when the job has written its end and its processes are gone, or they are gone without a word."""
-    deadline = clock() + grace_s
+    deadline, seen = clock() + grace_s, None
     while clock() < deadline:
         if job.backend.state(job.plan) == "gone":
             return True
+        ended = read_json(job.control.ended)
+        if ended is not None and ended != seen and job.may_start_again(ended):
+            seen = ended
+            job.backend.stop(job.plan)  # it stopped for another reason just before the mark: keep it from coming back
         time.sleep(POLL_S)
     return False
 
 
-def _say_how_it_ended(job: Job) -> int:
+def _say_how_it_ended(job: Job, silent: str) -> int:
+    """`silent`: what happened where nobody could write it down."""
     ended = read_json(job.control.ended)
+    if ended is not None and job.may_start_again(ended):
+        last_word = {**ended, "state": "cancelled", "exit_code": exits.CANCELLED, "reason": "while it waited to go on"}
+        write_atomic(job.control.ended, json.dumps(last_word), mode=0o600)
+        ended = last_word
     if ended is None:
-        end(job, state="cancelled", exit_code=exits.CANCELLED, reason="its nodes died while it was saving", step=0)
+        end(job, state="cancelled", exit_code=exits.CANCELLED, reason=silent, step=0)
         ended = read_json(job.control.ended)
     if ended is None:
         raise UsageError(f"{job.control.ended} can't be written")

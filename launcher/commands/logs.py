@@ -15,6 +15,7 @@ from pathlib import Path
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.rundir import RunDir
+from dtrain.launcher.follow import BACKEND_AGE_S
 from dtrain.launcher.runs import Job, resolve
 from dtrain.launcher.tail import LineTail
 
@@ -123,7 +124,7 @@ def _follow(job: Job, rank: int | None, attempt: int | None) -> int:
     files: dict[Path, tuple[LineTail, LineParser]] = {}
     shown = False
     while True:
-        over = job.backend_state() == "gone"  # asked first, so that the last lines are not missed
+        over = job.backend_state(BACKEND_AGE_S) == "gone"  # asked first, so that the last lines are not missed
         found = [a for a in attempts_with_logs(job.run) if a == attempt or (attempt is None and a >= first)]
         for each in found:
             for line in merge([_new_lines(path, files) for path in node_logs(job.run, each)]):
