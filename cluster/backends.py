@@ -71,7 +71,10 @@ class Backend(Protocol):
         """The one, of the calling node, at which the other nodes reach it. Raises UsageError."""
 
 
-_BACKENDS = {"local": "dtrain.cluster.local:LocalBackend"}
+_BACKENDS = {
+    "local": "dtrain.cluster.local:LocalBackend",
+    "slurm": "dtrain.slurm.batch:BatchBackend",
+}
 
 
 def get_backend(name: str, agent_args: tuple[str, ...] = ()) -> Backend:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from dtrain.cluster.slurmconfig import ContainerConfig, SlurmConfig
 from dtrain.cluster.version import VERSION
 
 
@@ -13,11 +14,27 @@ from dtrain.cluster.version import VERSION
 class ClusterConfig:
     """The `cluster:` section: which engine starts the processes, and how many."""
 
-    backend: Literal["local"] = field(default="local", metadata={"doc": "the engine that starts the nodes"})
+    backend: Literal["local", "slurm"] = field(default="local", metadata={"doc": "the engine that starts the nodes"})
     nodes: int = field(default=1, metadata={"doc": "nodes of the job; `launch --nodes N` overrides it", "min": 1})
     procs_per_node: int | Literal["auto"] = field(
         default="auto",
         metadata={"doc": "worker processes a node; auto: one a GPU, or one where there is none", "min": 1},
+    )
+    gpus_per_node: int | Literal["auto"] = field(
+        default="auto",
+        metadata={
+            "doc": "GPUs that a node uses; auto: this machine's, shared out (local), or those that cluster.slurm asks "
+            "for (slurm)",
+            "min": 0,
+        },
+    )
+    cpus_per_node: int | Literal["auto"] = field(
+        default="auto",
+        metadata={
+            "doc": "cores that a node uses; auto: this machine's, shared out (local), or cpus_per_proc for each worker "
+            "where that is set, else what the scheduler gives (slurm)",
+            "min": 1,
+        },
     )
     cpus_per_proc: int | Literal["auto"] = field(
         default="auto",
@@ -58,6 +75,10 @@ class ClusterConfig:
         default=None,
         metadata={"doc": "first and last port to listen on, like [29400, 29499]; left out: any free one"},
     )
+    slurm: SlurmConfig = field(default=SlurmConfig(), metadata={"doc": "what a Slurm job asks for"})
+    container: ContainerConfig | None = field(
+        default=None, metadata={"doc": "an image for the nodes' processes (backend slurm)"}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +92,7 @@ class JobPlan:
     nodes: int
     procs_per_node: int
     gpus_per_node: int  # 0: the workers run on CPU with gloo
-    threads_per_proc: int
+    threads_per_proc: int  # 0: the cores of the node over its workers, decided there
     python: str  # absolute path of the interpreter on the nodes
     argv: tuple[str, ...]  # what the person typed
     cwd: str
@@ -88,6 +109,11 @@ class JobPlan:
     version: str = VERSION  # of the submitting dtrain
     code_digest: str = ""  # sha256 of the archive in the run directory; "": the nodes use the code where it lies
     code_roots: dict[str, str] = field(default_factory=dict)  # folder in the archive -> of what it is a copy
+    config: str = ""  # absolute path of the file that was launched
+    overrides: tuple[str, ...] = ()  # key=value words that came with it, options like --nodes among them
+    cpus_per_node: int = 0  # 0: what the scheduler gives
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    container: ContainerConfig | None = None
 
     @property
     def world_size(self) -> int:
@@ -100,8 +126,16 @@ class JobPlan:
     def from_json(data: dict[str, Any]) -> JobPlan:
         """From job.json too, which holds more than the plan: `submitted_at`, `steps`, `git_commit`."""
         known = {name: data[name] for name in JobPlan.__dataclass_fields__ if name in data}
-        tuples: dict[str, Any] = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        return JobPlan(**{**known, **tuples})
+        typed: dict[str, Any] = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        typed["slurm"] = SlurmConfig.from_json(data.get("slurm") or {})
+        if data.get("container") is not None:
+            typed["container"] = ContainerConfig.from_json(data["container"])
+        return JobPlan(**{**known, **typed})
+
+
+def with_threads(plan: JobPlan, cores: int) -> JobPlan:
+    """The plan on a node that has `cores`: the threads of a worker decided, where they were left to it."""
+    return replace(plan, threads_per_proc=plan.threads_per_proc or max(1, cores // plan.procs_per_node))
 
 
 def worker_environ(plan: JobPlan, environ: Mapping[str, str]) -> dict[str, str]:

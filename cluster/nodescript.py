@@ -30,9 +30,10 @@ if VERSION != sys.argv[1]:
 _REFUSE_ON_NODE = r"""
 dtrain_refuse() {  # $1: the key of the config, $2: why
   trap - EXIT
-  local why="node $dtrain_node ($HOSTNAME): $2" now
+  local why="$dtrain_where ($HOSTNAME): $2" now
   printf -v now '%(%s)T' -1
   echo "$why" >&2
+  [ -d "${dtrain_ended%/*}" ] || exit 93  # nothing of the job was recorded
   why=${why//\\/\\\\}; why=${why//\"/\\\"}; why=${why//[[:cntrl:]]/ }  # as JSON
   local words='"state": "failed", "exit_code": 93, "reason": "'"$why"'"'
   umask 077
@@ -71,14 +72,29 @@ dtrain_said=$("$dtrain_python" -c "$dtrain_probe" "$dtrain_version" 2>&1 </dev/n
 def node_script(plan: JobPlan, agent_argv: Sequence[str]) -> str:
     """A bash script, started with the node's rank, that prepares the node and becomes the agent: `agent_argv` and the
     rank behind it."""
-    run = RunDir(plan.run_dir)
-    variables = (
+    lines = [
         "dtrain_node=$1",
-        f"dtrain_ended={shlex.quote(str(run.control(plan.job_id).ended))}",
-        f"dtrain_events={shlex.quote(str(run.events))}",
-    )
-    lines = [*variables, *_preparation(_REFUSE_ON_NODE, plan.setup, plan.python)]
+        *_records(plan, 'dtrain_where="node $dtrain_node"'),
+        *_preparation(_REFUSE_ON_NODE, plan.setup, plan.python),
+    ]
     return "\n".join([*lines, f'exec {shlex.join(agent_argv)} "$dtrain_node"']) + "\n"
+
+
+def batch_script(plan: JobPlan, argv: Sequence[str], setup: Sequence[str]) -> str:
+    """The same preparation on the host that a scheduler runs a job's script on, which then becomes `argv`."""
+    lines = [
+        *_records(plan, 'dtrain_where="job ${SLURM_JOB_ID-}"'),
+        f"cd {shlex.quote(plan.cwd)} || exit 93",
+        *_preparation(_REFUSE_ON_NODE, setup, argv[0]),
+    ]
+    return "\n".join([*lines, f"exec {shlex.join(argv)}"]) + "\n"
+
+
+def _records(plan: JobPlan, where: str) -> list[str]:
+    """What `dtrain_refuse` needs to know."""
+    run = RunDir(plan.run_dir)
+    ended, events = run.control(plan.job_id).ended, run.events
+    return [where, f"dtrain_ended={shlex.quote(str(ended))}", f"dtrain_events={shlex.quote(str(events))}"]
 
 
 def checking_script(setup: Sequence[str], python: str, argv: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from dtrain.runtime.config import (
     TrainConfig,
 )
 from dtrain.runtime.tracking.feed import PACKAGES
+from dtrain.slurm.options import check_options
 from dtrain.strategies.caps import CAPS, refused
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.layout import check_layout
@@ -54,9 +55,8 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         return _cluster(strategy, cluster, gpus, cores)
 
     def check_computing(train: TrainConfig, strategy: StrategyConfig, cluster: ClusterConfig) -> Found:
-        return _computing(
-            train, strategy, "cuda" if shape_nodes(cluster, gpus=gpus, cores=cores).gpus_per_node else "cpu"
-        )
+        on_gpus = shape_nodes(cluster, gpus=gpus, cores=cores).gpus_per_node > 0
+        return _computing(train, strategy, "cuda" if on_gpus else "cpu", nodes_here=cluster.backend == "local")
 
     checks: tuple[tuple[tuple[str, ...], Callable[..., Found]], ...] = (
         (("train", "data"), _batches),
@@ -65,6 +65,7 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         (("data", "loss", "loss_closure", "metrics"), _closure),
         (("strategy", "cluster"), check_cluster),
         (("cluster",), check_nodes),
+        (("cluster",), _engine),
         (("train", "strategy", "cluster"), check_computing),
         (("run_dir", "checkpoint"), _places),
         (("track",), _trackers),
@@ -172,13 +173,35 @@ def _cluster(strategy: StrategyConfig, cluster: ClusterConfig, gpus: int, cores:
         yield (
             "cluster.procs_per_node",
             f"{shape.procs_per_node} workers a node, but a GPU takes one and a node has {shape.gpus_per_node}. "
-            f"Set {shape.gpus_per_node} or auto; to train on CPUs, export CUDA_VISIBLE_DEVICES= (empty).",
+            f"Set {shape.gpus_per_node} or auto; to train on CPUs, {_without_gpus(cluster)}.",
+        )
+    share = gpus // cluster.nodes
+    if cluster.backend == "local" and shape.gpus_per_node > share:
+        yield (
+            "cluster.gpus_per_node",
+            f"{shape.gpus_per_node} on each of {cluster.nodes} nodes, but this machine has {gpus} GPUs in all. "
+            f"Set {share} or auto.",
         )
     for name in cluster.env:
         if name in _RESERVED or name.startswith("DTRAIN_"):
             yield f"cluster.env.{name}", "is set by dtrain for each worker. Leave it out."
         elif not name or "=" in name or "\0" in name:
             yield f"cluster.env.{name}", "is no name of an environment variable."
+
+
+def _without_gpus(cluster: ClusterConfig) -> str:
+    return "export CUDA_VISIBLE_DEVICES= (empty)" if cluster.backend == "local" else "ask for none"
+
+
+def _engine(cluster: ClusterConfig) -> Found:
+    """What only one back end knows how to do. What is set for another one is left alone: a site's file sets it."""
+    if cluster.backend == "slurm":
+        yield from check_options(cluster)
+    elif cluster.container is not None:
+        yield (
+            "cluster.container",
+            f"backend {cluster.backend} starts no containers. Leave it out, or set backend: slurm.",
+        )
 
 
 def _trackers(track: tuple[str, ...]) -> Found:
@@ -190,7 +213,7 @@ def _trackers(track: tuple[str, ...]) -> Found:
             yield f"track.{index}", f"{name} is there twice. Leave one out."
 
 
-def _computing(train: TrainConfig, strategy: StrategyConfig, device_type: str) -> Found:
+def _computing(train: TrainConfig, strategy: StrategyConfig, device_type: str, *, nodes_here: bool) -> Found:
     if strategy.name in CAPS:  # `auto` chooses one that can
         problems = refused(
             strategy.name,
@@ -202,7 +225,7 @@ def _computing(train: TrainConfig, strategy: StrategyConfig, device_type: str) -
         )
         yield from (("strategy", f"{problem}.") for problem in problems)
     compiler = os.environ.get("CXX", "g++")  # as torch looks for it; the nodes are asked again
-    if train.compile and device_type == "cpu" and shutil.which(compiler) is None:
+    if train.compile and nodes_here and device_type == "cpu" and shutil.which(compiler) is None:
         yield (
             "train.compile",
             f"needs a C++ compiler on a CPU, and {compiler} is not on this machine. Install it, set CXX, or set false.",

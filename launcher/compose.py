@@ -54,6 +54,7 @@ class LaunchConfig:
     cluster: ClusterConfig
     resolved: dict[str, Any]
     origins: dict[str, str]  # key path -> "file:line", "command line", "--nodes" or "default"
+    overrides: tuple[str, ...] = ()  # the words that came with the file, --nodes and --backend among them
 
     @property
     def run(self) -> RunConfig:
@@ -161,7 +162,9 @@ def load_config(
     problems += [*merge_problems, *kind_problems, *reference_problems, *bind_problems, *cross_problems, *leaks]
     if problems:
         raise ConfigError(_in_order(problems, os.fspath(path), sources.files))
-    return _build(os.path.abspath(path), tree, values)
+    options = {"cluster.nodes": nodes, "cluster.backend": backend}
+    typed = (*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None))
+    return _build(os.path.abspath(path), tree, values, typed)
 
 
 def label_of(stem: str) -> str:
@@ -194,7 +197,7 @@ _ABSOLUTE: dict[str, Callable[[str], str]] = {
 }
 
 
-def _build(path: str, tree: Node, values: dict[str, Any]) -> LaunchConfig:
+def _build(path: str, tree: Node, values: dict[str, Any], overrides: tuple[str, ...]) -> LaunchConfig:
     kind = ScriptRunConfig if SCRIPT_KEY in values else RunConfig
     run_keys = schema_of(kind)
     resolved = {key: plain(value) for key, value in values.items()}
@@ -207,6 +210,7 @@ def _build(path: str, tree: Node, values: dict[str, Any]) -> LaunchConfig:
         cluster=values["cluster"],
         resolved=resolved,
         origins={key: _place(tree, key, DEFAULT) for key in flatten(resolved)},
+        overrides=overrides,
     )
 
 

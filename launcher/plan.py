@@ -29,6 +29,7 @@ def make_plan(
         nodes=config.cluster.nodes,
         procs_per_node=shape.procs_per_node,
         gpus_per_node=shape.gpus_per_node,
+        cpus_per_node=shape.cpus_per_node,
         threads_per_proc=shape.threads_per_proc,
         python=nodes_python(config.cluster, python),
         argv=tuple(argv),
@@ -42,6 +43,10 @@ def make_plan(
         secrets=config.cluster.secrets,
         interface=config.cluster.interface,
         port_range=None if ports is None else (ports[0], ports[1]),
+        config=config.path,
+        overrides=config.overrides,
+        slurm=config.cluster.slurm,
+        container=config.cluster.container,
         kind="script" if isinstance(config.content, ScriptRunConfig) else "model",
     )
 

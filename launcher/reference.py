@@ -95,7 +95,7 @@ def _one_type(hint: Any) -> str:
     if origin is tuple:
         return f"list of {_one_type(arguments[0])}"
     if origin is dict:
-        return f"mapping of {_one_type(arguments[1])}"
+        return f"mapping of {' or '.join(map(_one_type, arms_of(arguments[1])))}"
     if hint is Target:
         return "target"
     names = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}

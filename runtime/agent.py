@@ -19,8 +19,9 @@ from typing import Any
 
 from dtrain.cluster import exits
 from dtrain.cluster.backends import get_backend
+from dtrain.cluster.devices import usable_cores
 from dtrain.cluster.errors import DtrainError, NodeError, UsageError
-from dtrain.cluster.jobplan import JobPlan, worker_environ
+from dtrain.cluster.jobplan import JobPlan, with_threads, worker_environ
 from dtrain.cluster.ports import listening_socket
 from dtrain.cluster.procs import ProcessId, set_process_name, unblock_stops
 from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
@@ -361,7 +362,7 @@ def _load_job(options: Options) -> Job:
     record = read_json(run.job)
     if record is None:
         raise DtrainError(f"{run.job}: no such file. Was the run directory removed?")
-    plan = JobPlan.from_json(record)
+    plan = with_threads(JobPlan.from_json(record), usable_cores())
     if plan.job_id != options.job_id:
         raise DtrainError(f"{run.job} describes job {plan.job_id}; this node was started for {options.job_id}")
     refuse_other_version(plan)

@@ -236,7 +236,7 @@ class TestRelaunch:
         config.write_text(config.read_text() + "cluster: {nodes: 2, procs_per_node: 3}\n")
         assert launch("--here", "--dry-run", config) == 0
         said = capsys.readouterr()
-        assert "--here: one rank in this process, though the config asks for 2 nodes x 3 processes" in said.err
+        assert "--here: one rank in this process, though the config asks for 2 nodes x 3 processes on local" in said.err
         assert "# toy: 1 node x 1 process" in said.out
 
     def test_done_and_alive_are_said_before_the_targets_are_imported(

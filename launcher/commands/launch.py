@@ -116,11 +116,11 @@ def _submit(
 def _as_one_rank(args: argparse.Namespace, asked: LaunchConfig) -> LaunchConfig:
     """With --here the cluster's shape does not count, here and in every later look at the config."""
     plan = _plan(args, asked)
-    if plan.world_size == 1:
+    if plan.world_size == 1 and plan.backend == "local":
         return asked
-    shape = f"{plural(plan.nodes, 'node')} x {plural(plan.procs_per_node, 'process')}"
+    shape = f"{plural(plan.nodes, 'node')} x {plural(plan.procs_per_node, 'process')} on {plan.backend}"
     print(f"--here: one rank in this process, though the config asks for {shape}", file=sys.stderr)
-    args.nodes, args.overrides = 1, [*args.overrides, "cluster.procs_per_node=1"]
+    args.nodes, args.backend, args.overrides = 1, "local", [*args.overrides, "cluster.procs_per_node=1"]
     return _load(args, name=args.name, run_dir=args.run_dir)
 
 
