@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.interfaces import Interface
 from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.ports import PortRange
 from dtrain.cluster.procs import Liveness
 from dtrain.cluster.zygote import Zygote
 
@@ -66,6 +67,9 @@ class Backend(Protocol):
 
     def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
         """What workers may inherit of their agent's environment."""
+
+    def ports(self, plan: JobPlan) -> PortRange | None:
+        """Those to listen on, first and last, on the calling node; None: any free one."""
 
     def interface(self, plan: JobPlan) -> Interface:
         """The one, of the calling node, at which the other nodes reach it. Raises UsageError."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from dtrain.cluster.interfaces import LOOPBACK, Interface, list_interfaces, pick
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.nodescript import node_script
+from dtrain.cluster.ports import PortRange
 from dtrain.cluster.procs import Liveness, ProcessId, start_detached
 from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic
 from dtrain.cluster.scratch import sweep
@@ -125,6 +126,9 @@ class LocalBackend:
         while self.state(plan) == "alive" and time.monotonic() < deadline:
             time.sleep(0.01)
         sweep()  # they could not clean up themselves
+
+    def ports(self, plan: JobPlan) -> PortRange | None:
+        return plan.port_range
 
     def interface(self, plan: JobPlan) -> Interface:
         return LOOPBACK if plan.interface == "auto" else pick(plan.interface, list_interfaces())

@@ -49,6 +49,7 @@ class Control:
         self.token = path / "token"  # 32 random bytes in hex
         self.status = path / "status.json"  # the coordinator's newest view, replaced atomically about once a second
         self.cancel = path / "cancel"  # exists: the person wants the run cancelled, not stopped
+        self.incarnation = path / "incarnation"  # a number, where a scheduler may start the job more than once
         self.ended = path / "ended.json"  # {"state", "exit_code", "reason", "step", "at"}; put once, by the coordinator
 
     def coordinator(self, term: int) -> Path:

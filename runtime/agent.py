@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dtrain.cluster import exits
@@ -29,7 +30,7 @@ from dtrain.cluster.storage import open_storage
 from dtrain.runtime.channel import Channel, connect
 from dtrain.runtime.checkpoint.attempts import Attempt, claim_attempt
 from dtrain.runtime.codedir import CodeDir, unpack_code
-from dtrain.runtime.control import ControlError, find_coordinator, is_there, read_token
+from dtrain.runtime.control import ControlError, find_coordinator, is_there, newest_incarnation, read_token
 from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.cpus import describe, slice_of_cores
 from dtrain.runtime.nodestart import give_up, refuse_other_version
@@ -54,7 +55,10 @@ class Agent:
         self._channel: Channel | None = None
         self._coordinator: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._workers = NodeWorkers(job.plan, options, self._tell, warm, interface=job.interface, code=code)
+        environ = job.backend.worker_environ(dict(os.environ))
+        self._workers = NodeWorkers(
+            job.plan, options, self._tell, warm, environ=environ, interface=job.interface, code=code
+        )
         self._stacking: set[asyncio.Task[None]] = set()
         self._store: socket.socket | None = None  # for global rank 0
         self._attempt = 0
@@ -102,11 +106,14 @@ class Agent:
         return exits.FAILED
 
     async def _watch_control(self) -> None:
-        """Hangs up when the run directory is removed under the job: nobody could find its processes any more."""
+        """Hangs up when the run directory is removed under the job: nobody could find its processes any more; and when
+        the job was started anew somewhere else."""
         missing = 0
         while missing < _GONE_LOOKS:
             await asyncio.sleep(self._timings.heartbeat_s)
             missing = 0 if is_there(self._control) else missing + 1
+            if self._is_outdated():
+                break
         if self._channel is not None:
             self._channel.abort()
 
@@ -116,7 +123,7 @@ class Agent:
         Who starts an agent in a dead one's place may register it a moment after it began to run.
         """
         deadline = time.monotonic() + self._timings.handshake_s
-        while not self._is_mine():
+        while not self._is_mine() and not self._is_outdated():
             record = read_json(self._control.node(self._options.node_rank))
             if record is None or ProcessId.from_json(record).liveness() != "alive":
                 text = json.dumps(self._process.to_json())
@@ -126,12 +133,18 @@ class Agent:
             else:
                 await asyncio.sleep(_POLL_S)
 
+    def _is_outdated(self) -> bool:
+        return newest_incarnation(self._control) > self._options.incarnation
+
     def _is_mine(self) -> bool:
         record = read_json(self._control.node(self._options.node_rank))
-        return record is not None and ProcessId.from_json(record) == self._process
+        mine = record is not None and ProcessId.from_json(record) == self._process
+        return mine and not self._is_outdated()
 
     @property
     def _superseded(self) -> str:
+        if self._is_outdated():
+            return f"the job was started anew; node {self._options.node_rank} of its earlier start ends"
         return f"another process serves node {self._options.node_rank} now; this one ends"
 
     @property
@@ -143,7 +156,7 @@ class Agent:
         while self._is_mine() and not self._control.ended.exists():
             address = find_coordinator(self._control)
             term = 0 if address is None else address.term
-            if address is not None:
+            if address is not None and address.incarnation == self._options.incarnation:
                 try:
                     return await self._introduce(await self._dial(address.addr, address.port))
                 except ControlError as error:
@@ -167,6 +180,7 @@ class Agent:
             "node_rank": self._options.node_rank,
             "process": self._process.to_json(),
             "reached": self._workers.reached,
+            "incarnation": self._options.incarnation,
         }
         channel.send(hello)
         answer = await asyncio.wait_for(channel.receive(), self._timings.handshake_s)
@@ -367,6 +381,7 @@ def _load_job(options: Options) -> Job:
         raise DtrainError(f"{run.job} describes job {plan.job_id}; this node was started for {options.job_id}")
     refuse_other_version(plan)
     backend = get_backend(plan.backend, options.agent_args)
+    plan = replace(plan, port_range=backend.ports(plan))
     try:
         interface = backend.interface(plan)
     except UsageError as error:
@@ -378,7 +393,15 @@ def _load_job(options: Options) -> Job:
         return claim_attempt(storage, host=host, job_id=plan.job_id, skip=skip, from_nothing=from_nothing)
 
     token = read_token(run.control(plan.job_id))
-    return Job(plan=plan, backend=backend, interface=interface, token=token, timings=options.timings, claim=claim)
+    return Job(
+        plan=plan,
+        backend=backend,
+        interface=interface,
+        token=token,
+        timings=options.timings,
+        claim=claim,
+        incarnation=options.incarnation,
+    )
 
 
 def _say(text: str) -> None:

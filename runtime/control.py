@@ -40,6 +40,7 @@ class CoordinatorAddress:
     addr: str
     port: int
     pid: int
+    incarnation: int = 0  # of the job: see Control.incarnation
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -50,6 +51,14 @@ def find_coordinator(control: Control) -> CoordinatorAddress | None:
     names = sorted(control.path.glob("coordinator-[0-9]*.json"), key=lambda path: (len(path.name), path.name))
     record = read_json(names[-1]) if names else None
     return None if record is None else CoordinatorAddress(**record)
+
+
+def newest_incarnation(control: Control) -> int:
+    """Of the job, as its back end's scheduler has started it; 0 where that is no question."""
+    try:
+        return int(control.incarnation.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def is_there(control: Control) -> bool:

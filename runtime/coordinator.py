@@ -27,7 +27,7 @@ from dtrain.cluster.rundir import RunDir, append_event, read_json, write_atomic,
 from dtrain.runtime.attemptlog import AttemptLog
 from dtrain.runtime.background import in_background
 from dtrain.runtime.checkpoint.attempts import Attempt
-from dtrain.runtime.control import CoordinatorAddress, find_coordinator, is_there
+from dtrain.runtime.control import CoordinatorAddress, find_coordinator, is_there, newest_incarnation
 from dtrain.runtime.culprit import Fact, describe, find_culprit
 from dtrain.runtime.decide import Decision, Memory, decide, given_up, stopped
 from dtrain.runtime.jobstatus import JobStatus
@@ -57,6 +57,7 @@ class Job:
     token: bytes
     timings: Timings
     claim: Claim
+    incarnation: int = 0
 
 
 class Coordinator:
@@ -68,7 +69,9 @@ class Coordinator:
         self._term = term
         stored = read_json(self._control.path / "memory.json")
         self._memory = Memory() if stored is None else Memory.from_json(stored)
-        self._roster = Roster(self._control, job.token, job.plan.nodes, job.timings, self._answer_client)
+        self._roster = Roster(
+            self._control, job.token, job.plan.nodes, job.timings, self._answer_client, incarnation=job.incarnation
+        )
         self._status = JobStatus(job.plan, self._control, self._roster.members)
         self._starts: dict[int, int] = {}  # node -> how often it was started again since it was last here
         self._missing_since: dict[int, float] = {}
@@ -80,7 +83,13 @@ class Coordinator:
         address = self._job.interface.address
         port = await self._roster.open(address, self._plan.port_range)
         return CoordinatorAddress(
-            term=self._term, node_rank=node_rank, host=host, addr=address, port=port, pid=os.getpid()
+            term=self._term,
+            node_rank=node_rank,
+            host=host,
+            addr=address,
+            port=port,
+            pid=os.getpid(),
+            incarnation=self._job.incarnation,
         )
 
     async def close(self) -> None:
@@ -378,7 +387,8 @@ class Coordinator:
 
     def _is_deposed(self) -> bool:
         newest = find_coordinator(self._control)
-        return newest is not None and newest.term > self._term
+        later_term = newest is not None and newest.term > self._term
+        return later_term or newest_incarnation(self._control) > self._job.incarnation
 
     def _check_term(self) -> None:
         if self._is_deposed():

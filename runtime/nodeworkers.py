@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,8 @@ class StartOrder:
 
 
 class NodeWorkers:
-    """`notify` gets what workers tell and how they end, as messages for the coordinator without their attempt."""
+    """`notify` gets what workers tell and how they end, as messages for the coordinator without their attempt.
+    `environ` is what the workers inherit; left out: this process's own."""
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class NodeWorkers:
         notify: Notify,
         warm: WarmParent | None = None,
         *,
+        environ: Mapping[str, str] | None = None,
         interface: Interface = LOOPBACK,
         code: CodeDir | None = None,
     ) -> None:
@@ -56,8 +59,9 @@ class NodeWorkers:
         self._notify = notify
         self._interface = interface
         self._code = code
-        self._redact = redactor(plan.secrets, os.environ, code.places if code else None)
-        self._environ = worker_environ(plan, dict(os.environ))
+        environ = os.environ if environ is None else environ
+        self._redact = redactor(plan.secrets, environ, code.places if code else None)
+        self._environ = worker_environ(plan, dict(environ))
         self._workers: list[WorkerProcess] = []
         self._log: NodeLog | None = None
         self._warm: WarmStarter | None = None

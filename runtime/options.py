@@ -28,6 +28,7 @@ class Options:
     run_dir: str
     job_id: str
     node_rank: int
+    incarnation: int = 0  # which start of the job by a scheduler that may start it more than once; 0: there is one
     entry: str = ""  # "": what the plan's kind asks for
     preload: tuple[str, ...] = PRELOAD
     timings: Timings = Timings()
@@ -39,17 +40,20 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--job-id", required=True)
     parser.add_argument("--node-rank", required=True, type=int)
+    parser.add_argument("--incarnation", type=int, default=0, help="which start of the job it belongs to")
     parser.add_argument("--entry", default="", help="module:function that a worker runs in the place of ours")
     parser.add_argument("--preload", default=",".join(PRELOAD), help="modules that the warm parent imports")
     parser.add_argument("--timings", default="{}", help="JSON of fields of Timings")
     given = parser.parse_args(argv)
-    passed_on = ("--entry", given.entry, "--preload", given.preload, "--timings", given.timings)
+    passed_on = ["--entry", given.entry, "--preload", given.preload, "--timings", given.timings]
+    passed_on += ["--incarnation", str(given.incarnation)] if given.incarnation else []
     return Options(
         run_dir=given.run_dir,
         job_id=given.job_id,
         node_rank=given.node_rank,
+        incarnation=given.incarnation,
         entry=given.entry,
         preload=tuple(name for name in given.preload.split(",") if name),
         timings=Timings(**json.loads(given.timings)),
-        agent_args=passed_on,
+        agent_args=tuple(passed_on),
     )

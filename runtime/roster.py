@@ -40,12 +40,22 @@ class Member:
 class Roster:
     """`inbox` gets (node_rank, message); {"op": "joined"} and {"op": "lost", "reason"} are of our own making."""
 
-    def __init__(self, control: Control, token: bytes, num_nodes: int, timings: Timings, on_client: OnClient) -> None:
+    def __init__(
+        self,
+        control: Control,
+        token: bytes,
+        num_nodes: int,
+        timings: Timings,
+        on_client: OnClient,
+        *,
+        incarnation: int = 0,
+    ) -> None:
         self._control = control
         self._token = token
         self._num_nodes = num_nodes
         self._timings = timings
         self._on_client = on_client
+        self._incarnation = incarnation
         self._server: socket.socket | None = None
         self._strangers = asyncio.Semaphore(_MAX_STRANGERS)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,6 +148,8 @@ class Roster:
             node_rank, process = int(hello["node_rank"]), ProcessId.from_json(hello["process"])
         except (KeyError, TypeError, ValueError) as error:
             raise ControlError(f"a hello without a proper {error}") from error
+        if hello.get("incarnation", 0) != self._incarnation:
+            raise ControlError(f"incarnation {hello.get('incarnation')} of the job, this is {self._incarnation}")
         registered = read_json(self._control.node(node_rank))
         if not 0 <= node_rank < self._num_nodes:
             raise ControlError(f"there is no node {node_rank} among {self._num_nodes}")

@@ -53,10 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--continue-changed", action="store_true", help="continue though model, data or optimizer differ"
     )
+    parser.add_argument("--batch", action="store_true", help=argparse.SUPPRESS)  # what the script of a Slurm job calls
+    parser.add_argument("--job-id", help=argparse.SUPPRESS)
     parser.add_argument("--here", action="store_true", help="one rank in this process and terminal; breakpoint() works")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.batch:
+        from dtrain.launcher.injob import run_in_job
+
+        return run_in_job(args)
     first = _load(args, name=args.name, run_dir=args.run_dir)
     if args.here:
         first = _as_one_rank(args, first)

@@ -1,0 +1,103 @@
+"""What a Slurm back end does on the nodes of its job: the network interface, and an agent in a dead one's place."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+
+from dtrain.cluster.errors import UsageError
+from dtrain.cluster.interfaces import LOOPBACK, Interface, list_interfaces, pick
+from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.rundir import RunDir
+from dtrain.slurm.jobenv import slurm_job
+from dtrain.slurm.owner import newest_owner
+from dtrain.slurm.steps import srun_log, start_step, step_argv
+
+_SCONTROL_S = 5
+
+
+def interface(plan: JobPlan) -> Interface:
+    """The one that Slurm's name for this node leads to; without such, the one on the way to another node. Raises
+    UsageError."""
+    found = list_interfaces()
+    if plan.interface != "auto":
+        return pick(plan.interface, found)
+    here = os.environ.get("SLURMD_NODENAME", "")
+    job = slurm_job(os.environ)
+    others = [name for name in (job.nodes if job else ()) if name != here]
+    for address in _addresses(here):
+        for candidate in found:
+            if candidate.address == address and not _is_loopback(address):
+                return candidate
+    for other in others:
+        for candidate in found:
+            if candidate.address == _way_to(other):
+                return candidate
+    if plan.nodes == 1:
+        return next((candidate for candidate in found if not _is_loopback(candidate.address)), LOOPBACK)
+    raise UsageError(
+        f"auto: node {here or socket.gethostname()} does not know at which of its addresses the others reach it. "
+        f"There are: {', '.join(map(str, found))}. Name one, or a range of addresses like 10.0.0.0/8."
+    )
+
+
+def _addresses(node: str) -> Iterator[str]:
+    """Of a node as Slurm calls it: by its name, then by Slurm's own record of it."""
+    yield from _resolve(node)
+    given = _node_addr(node)
+    if given and given != node:
+        yield from _resolve(given)
+
+
+def _resolve(name: str) -> list[str]:
+    try:
+        answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM) if name else []
+    except OSError:
+        return []
+    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+
+
+def _node_addr(node: str) -> str:
+    """NodeAddr of Slurm's configuration; "" where it can't be asked."""
+    if not node:
+        return ""
+    try:
+        said = subprocess.run(
+            ["scontrol", "-o", "show", "node", node], capture_output=True, text=True, timeout=_SCONTROL_S
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return next((word.partition("=")[2] for word in said.split() if word.startswith("NodeAddr=")), "")
+
+
+def _way_to(node: str) -> str:
+    """Our address on the way to another node. Nothing is sent: connecting a UDP socket only asks the routing table."""
+    for address in _addresses(node):
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((address, 9))
+                mine = str(probe.getsockname()[0])
+            except OSError:
+                continue
+            if not _is_loopback(mine):
+                return mine
+    return ""
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def start_node(plan: JobPlan, node_rank: int) -> bool:
+    """Another agent on the machine of `node_rank`, inside the same allocation. Its predecessor, should it only sleep,
+    finds that the node is no longer its own."""
+    control = RunDir(plan.run_dir).control(plan.job_id)
+    owner, here = newest_owner(control), slurm_job(os.environ)
+    if owner is None or here is None or owner.slurm_job_id != here.id:
+        return False
+    control.node(node_rank).unlink(missing_ok=True)
+    argv = step_argv(plan, [owner.nodes[node_rank]], here.cpus_per_node, node_rank=node_rank, overlap=True)
+    start_step(argv, srun_log(plan), os.environ)
+    return True
