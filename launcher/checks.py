@@ -28,7 +28,7 @@ from dtrain.runtime.config import (
     TrainConfig,
 )
 from dtrain.runtime.tracking.feed import PACKAGES
-from dtrain.slurm.options import check_options
+from dtrain.slurm.optionchecks import check_options
 from dtrain.strategies.caps import CAPS, refused
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.layout import check_layout

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Literal
 
 Phase = Literal["pending", "running", "completing", "over"]
@@ -37,13 +38,15 @@ SQUEUE_FORMAT = "%A|%T|%V|%S|%e|%N|%r|%o"  # the two that may hold anything are 
 SACCT_FORMAT = "JobIDRaw,State,ExitCode,Submit,Start,End,NodeList"
 
 # `scontrol show job` does not quote. What a person chose freely is JobName, and Command and all behind it; between
-# those two every value is one word, so the first of each is the true one.
+# those two every value is one word, so the first of each is the true one. 25.x has SubmitLine behind Command.
 _RECORD = re.compile(r"^JobId=\d+ (?:\w+=\S* )*?JobName=", re.MULTILINE)
 _HEAD = re.compile(
-    r"JobId=(?P<id>\d+) (?P<ids>(?:\w+=\S* )*?)JobName=(?P<name>.*?)\s+UserId=(?P<user>\S*?)\(\d+\) ", re.DOTALL
+    r"JobId=(?P<id>\d+) (?P<ids>(?:\w+=\S* )*?)JobName=(?P<name>.*?)"
+    r"(?:\s+HetJobIdSet=\S+)?\s+UserId=(?P<user>\S*?)\(\d+\) ",
+    re.DOTALL,
 )
 _WORD = re.compile(r"(?:^|\s)([A-Z][\w/:.-]*)=(\S*)")
-_COMMAND = re.compile(r"\sCommand=(?P<command>.*?)\s+WorkDir=(?P<rest>.*)", re.DOTALL)
+_COMMAND = re.compile(r"\sCommand=(?P<command>.*?)(?:\s+SubmitLine=.*?)?\s+WorkDir=(?P<rest>.*)", re.DOTALL)
 _OUTPUT = re.compile(r"\sStdOut=(.*?)(?=\s+[A-Z]\w+=|\s*\Z)", re.DOTALL)
 _SQUEUE_LINE = re.compile(r"\d+\|[A-Z_]+\|")
 
@@ -102,8 +105,7 @@ def parse_scontrol(text: str) -> list[JobRecord]:
     """The records of `scontrol -o show job`: several for a heterogeneous job or an array. Line breaks inside of values
     are tolerated, so the long form without -o is read too."""
     starts = [match.start() for match in _RECORD.finditer(text)]
-    ends = [*starts[1:], len(text)]
-    records = [_job_record(text[start:end]) for start, end in zip(starts, ends, strict=True)]
+    records = [_job_record(text[start:end]) for start, end in pairwise([*starts, len(text)])]
     return [record for record in records if record is not None]
 
 
@@ -133,7 +135,7 @@ def _job_record(text: str) -> JobRecord | None:
         nodes=_present(words, "NodeList"),
         num_nodes=_number(words.get("NumNodes", "").split("-")[0]),
         batch_host=_present(words, "BatchHost"),
-        command=tail["command"] if tail else "",
+        command=tail["command"] if tail and tail["command"] != "(null)" else "",
         stdout=output[1] if output else "",
         submitted_at=seconds(words.get("SubmitTime", "")),
         starts_at=seconds(words.get("StartTime", "")),
