@@ -67,7 +67,7 @@ class ToyJob:
         assert address is not None
         return address.node_rank
 
-    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> None:
+    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:

@@ -85,6 +85,6 @@ def _run_and_kill(script: Path, store: FileStorage, rng: random.Random) -> list[
         time.sleep(rng.random() * 0.5)
     finally:
         process.send_signal(signal.SIGKILL)
-        rest, _ = process.communicate(timeout=30)
+        rest, _ = process.communicate(timeout=90)
     assert first, "the saver died by itself"
     return [int(line) for line in [first, *rest.split("\n")[:-1]]]

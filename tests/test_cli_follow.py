@@ -200,7 +200,7 @@ def attach(job: Job, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, **options)
 
 
-def read_until(descriptor: int, words: str, timeout_s: float = 30.0) -> str:
+def read_until(descriptor: int, words: str, timeout_s: float = 120.0) -> str:
     """What came until `words` did; "" for the words: until the other end is closed."""
     text, deadline = "", time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -226,8 +226,8 @@ def test_first_ctrl_c_saves_and_ends_with_85(start: Start) -> None:
     follower.send_signal(signal.SIGINT)
     said += read_until(follower.stdout.fileno(), "")
     follower.stdout.close()
-    assert follower.wait(timeout=20) == 85
-    assert agent.wait(timeout=20) == 85
+    assert follower.wait(timeout=90) == 85
+    assert agent.wait(timeout=90) == 85
     assert "Ctrl-C: saving and stopping" in said
     assert "stopped at step 7 of 100: its state is saved" in said
     assert "continue:  dtrain launch toy.yaml" in said
@@ -245,8 +245,8 @@ def test_second_ctrl_c_kills(start: Start) -> None:
     follower.send_signal(signal.SIGINT)
     said = read_until(follower.stdout.fileno(), "")
     follower.stdout.close()
-    assert follower.wait(timeout=20) == 130
-    assert agent.wait(timeout=20) == -signal.SIGKILL
+    assert follower.wait(timeout=90) == 130
+    assert agent.wait(timeout=90) == -signal.SIGKILL
     assert "failed at step 6 of 100: killed by Ctrl-C (second time)" in said
     assert "without a word" not in said
     ended = read_json(job.control.ended)
@@ -280,9 +280,9 @@ def test_killing_the_follower_leaves_the_run(start: Start) -> None:
 
 def test_attach_to_a_run_that_is_over_gives_its_exit_code(start: Start) -> None:
     job, agent = start(HEAD + "end('failed', 93, 7, 'the same error twice')")
-    agent.wait(timeout=20)
+    agent.wait(timeout=90)
     follower = attach(job, stdout=subprocess.PIPE)
-    said = follower.communicate(timeout=30)[0].decode()
+    said = follower.communicate(timeout=90)[0].decode()
     assert follower.returncode == 93
     assert "toy: failed: the same error twice" in said
 
@@ -308,7 +308,7 @@ end("done", 0, 100)
     os.close(theirs)
     said = read_until(ours, "")
     os.close(ours)
-    assert follower.wait(timeout=20) == 0
+    assert follower.wait(timeout=90) == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
     assert re.search(r"step \d+/100 \S*━\S* loss \d\.\d{4}  512 samples/s  ETA \d+\.\d s", plain)
     assert "step 100/100" in plain

@@ -308,7 +308,7 @@ class TestCancel:
         job = make_run(tmp_path / "runs" / "toy")
         agent = start_agent(job, SAVES_ON_TERM)
         assert cli.main(["cancel", "toy"]) == 0
-        assert agent.wait(timeout=10) == 3
+        assert agent.wait(timeout=60) == 3
         assert "toy: cancelled at step 41" in capsys.readouterr().out
 
     def test_kills_what_does_not_answer(
@@ -318,7 +318,7 @@ class TestCancel:
         write_status(job)
         agent = start_agent(job, DEAF)
         assert cli.main(["cancel", "toy", "--grace", "0.5"]) == 0
-        assert agent.wait(timeout=10) == -signal.SIGKILL
+        assert agent.wait(timeout=60) == -signal.SIGKILL
         ended = read_json(job.control.ended)
         assert ended is not None
         assert (ended["state"], ended["exit_code"], ended["step"]) == ("cancelled", 3, 37)

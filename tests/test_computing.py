@@ -74,7 +74,7 @@ def one_process(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_half_precision_is_as_near_as_its_rounding(
@@ -215,7 +215,7 @@ def test_a_model_without_units_is_refused() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("strategy", "checkpointing"), [("ddp", "none"), ("fsdp", "full")])
 def test_compiled_units_learn_what_one_process_learns(
     run: Run, one_process: Callable[[str], list[float]], tmp_path: Path, strategy: str, checkpointing: str
@@ -229,7 +229,7 @@ def test_compiled_units_learn_what_one_process_learns(
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_equal_units_and_uneven_micro_batches_share_graphs(ask: Ask) -> None:
     """Three blocks, micro-batches of 1 to 4 samples: a graph for one sample, and one for any other number."""
     wanted = ask("computing.eager", 1, config={"name": "single"})[0]

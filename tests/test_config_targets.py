@@ -111,7 +111,7 @@ def test_signatures_that_cannot_be_known_pass() -> None:
 
 
 def _problems(
-    folder: Path, source: str, *, python: str = sys.executable, timeout_s: float = 60, overrides: Sequence[str] = ()
+    folder: Path, source: str, *, python: str = sys.executable, timeout_s: float = 180, overrides: Sequence[str] = ()
 ) -> list[Problem]:
     (folder / "mine.py").write_text(textwrap.dedent(source))
     (folder / "cfg.yaml").write_text(

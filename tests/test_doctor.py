@@ -27,7 +27,7 @@ DTRAIN = Path(sys.executable).parent / "dtrain"
 
 
 def doctor(*words: str) -> tuple[int, dict[tuple[str, str], list[dict[str, Any]]]]:
-    done = subprocess.run([DTRAIN, "doctor", "--json", *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([DTRAIN, "doctor", "--json", *words], capture_output=True, text=True, timeout=300)
     assert not done.stderr, done.stderr
     findings: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for finding in json.loads(done.stdout):

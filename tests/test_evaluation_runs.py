@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
     "train": {"steps": 8, "micro_batch": 4},
 }
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 def dtrain(*words: object, cwd: Path) -> str:
     command = [sys.executable, "-m", "dtrain.launcher.cli", *map(str, words)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=380)
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -45,7 +45,7 @@ def test_the_config_composes_and_names_real_code(name: str, needs: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_digits_are_read(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
     dtrain("launch", EXAMPLES / "digits.yaml", cwd=tmp_path)
@@ -55,7 +55,7 @@ def test_digits_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_from_a_config_to_a_folder_to_fine_tuning(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'dtrain[hf]'")
     dtrain("launch", EXAMPLES / "huggingface.yaml", "train.steps=20", "on_end=null", cwd=tmp_path)

@@ -33,7 +33,7 @@ MODELS = {  # and the auto class that opens its folders
     "vit": "AutoModelForImageClassification",
 }
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ DTRAIN = Path(sys.executable).parent / "dtrain"
 
 
 def dtrain(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([DTRAIN, *words], cwd=folder, capture_output=True, text=True, timeout=100)
+    return subprocess.run([DTRAIN, *words], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.e2e
@@ -26,9 +26,9 @@ def test_what_it_writes_passes_and_trains(tmp_path: Path, name: str) -> None:
     done = dtrain(tmp_path, "init", name)
     assert done.returncode == 0, done.stderr
     dry, real = (shlex.split(line) for line in done.stdout.splitlines()[1:])
-    checked = subprocess.run(dry, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    checked = subprocess.run(dry, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert checked.returncode == 0, checked.stderr
-    trained = subprocess.run(real, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    trained = subprocess.run(real, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
     losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines() if '"loss"' in line]

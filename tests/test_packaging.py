@@ -26,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         shutil.copy(REPO / file, source)
     target = tmp_path_factory.mktemp("wheel")
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--wheel-dir"]
-    subprocess.run([sys.executable, "-m", "pip", *build, target, source], check=True, timeout=100)
+    subprocess.run([sys.executable, "-m", "pip", *build, target, source], check=True, timeout=300)
     (path,) = target.glob("*.whl")
     return zipfile.ZipFile(path)
 

@@ -20,7 +20,7 @@ import pytest
 
 from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ASSETS = Path(__file__).parent / "assets"
 DTRAIN = Path(sys.executable).parent / "dtrain"
@@ -53,7 +53,7 @@ class Job:
     def output(self) -> str:
         return self.run.path.with_suffix(".out").read_text()
 
-    def finish(self, process: subprocess.Popen[str], timeout_s: float = 120) -> int:
+    def finish(self, process: subprocess.Popen[str], timeout_s: float = 300) -> int:
         try:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -72,7 +72,7 @@ class Job:
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_jsonl(self.run.events) if event["type"] == kind]
 
-    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 60) -> None:
+    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 180) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:

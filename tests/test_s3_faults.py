@@ -256,7 +256,7 @@ SERVERS: dict[str, tuple[Callable[[], AbstractContextManager[S3Server]], range]]
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SERVERS)
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -29,7 +29,7 @@ from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
 from dtrain.cluster.storage import open_storage
 from dtrain.runtime.checkpoint.garbage import find_garbage
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ASSETS = Path(__file__).parent / "assets"
 DTRAIN = Path(sys.executable).parent / "dtrain"
@@ -63,7 +63,7 @@ class Job:
 
     def ckpt(self, *words: str) -> tuple[int, str]:
         command: list[str | Path] = [DTRAIN, "ckpt", words[0], self.run.path, *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, env=self._environ(), timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=self._environ(), timeout=300, check=False)
         return done.returncode, done.stdout + done.stderr
 
     def records(self) -> list[dict[str, Any]]:

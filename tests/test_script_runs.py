@@ -18,7 +18,7 @@ import pytest
 
 from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 REPO = Path(__file__).parent.parent
 SCRIPTS = Path(__file__).parent / "assets" / "scripts"
@@ -45,7 +45,7 @@ class Job:
     def output(self) -> str:
         return self._output.read_text()
 
-    def finish(self, process: subprocess.Popen[bytes], timeout_s: float = 120) -> int:
+    def finish(self, process: subprocess.Popen[bytes], timeout_s: float = 300) -> int:
         try:
             return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -84,7 +84,7 @@ def jobs(tmp_path: Path) -> Iterator[list[Job]]:
 
 def torchrun(script: Path, *args: str | Path) -> str:
     found = subprocess.run(
-        [*TORCHRUN, script, *args], capture_output=True, text=True, env=environ(), timeout=100, check=False
+        [*TORCHRUN, script, *args], capture_output=True, text=True, env=environ(), timeout=300, check=False
     )
     assert found.returncode == 0, found.stderr[-3000:]
     return found.stdout

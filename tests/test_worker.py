@@ -15,7 +15,7 @@ ASSETS = Path(__file__).parent / "assets"
 STEPS = 50
 BASE = PARITY
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

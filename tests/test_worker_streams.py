@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {
     "strategy": "ddp",
 }
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
