@@ -26,6 +26,7 @@ import pytest
 
 if TYPE_CHECKING:
     from s3servers import S3Server
+    from slurmcluster import SlurmCluster
 
 MARKER = "DTRAIN_TEST_ID"
 REPO = Path(__file__).resolve().parent.parent
@@ -144,7 +145,8 @@ def _settle(done: Callable[[], bool]) -> None:
 def radosgw_server() -> Iterator[S3Server]:
     """Ceph's S3 gateway, started once. Where it can't be installed its tests are skipped, with what is missing."""
     sys.path.insert(0, str(REPO / "tests" / "assets"))
-    from radosgw import Missing, radosgw
+    from debian import Missing
+    from radosgw import radosgw
 
     root = Path(tempfile.mkdtemp(prefix="rg-"))  # a short name, for Unix sockets
     try:
@@ -154,6 +156,37 @@ def radosgw_server() -> Iterator[S3Server]:
         pytest.skip(str(missing))
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A real Slurm of four nodes with two fake GPUs each, started once a test process, in two seconds. Take `slurm`."""
+    sys.path.insert(0, str(REPO / "tests" / "assets"))
+    from debian import Missing
+    from slurmcluster import slurm_cluster
+
+    root = Path(tempfile.mkdtemp(prefix="sl-"))
+    try:
+        with slurm_cluster(root, gpus=2) as cluster:
+            yield cluster
+    except Missing as missing:
+        pytest.skip(str(missing))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
+    """The cluster, clean: controller up, every node idle, no job, homes empty. A test that leaves a job fails.
+
+    0.2 s before and after a test that breaks nothing; after one that leaves nodes dead or cut off, about two seconds.
+    """
+    slurm_cluster.clear()
+    yield slurm_cluster
+    slurm_cluster.restore()
+    _settle(lambda: not slurm_cluster.jobs())  # the end of a run is told before its batch script has ended
+    if left := slurm_cluster.clear():
+        pytest.fail(f"the test left behind: slurm job {', '.join(map(str, left))}", pytrace=False)
 
 
 @cache

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import debian
 from s3servers import KEY, SECRET, S3Server
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw")
@@ -73,31 +74,18 @@ rgw_gc_processor_max_time = 60
 """
 
 
-class Missing(Exception):
-    """The server can't start here. The message says what to install."""
-
-
 def install() -> None:
-    """Raises Missing."""
-    if all(map(shutil.which, PROGRAMS)) and os.geteuid() == 0:
-        return
+    """Raises debian.Missing."""
     if os.geteuid() != 0:
-        raise Missing(f"Ceph's gateway needs root, and: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
-    if shutil.which("apt-get") is None:
-        raise Missing(f"{', '.join(PACKAGES)} (Ceph) must be installed; there is no apt-get here to do it")
-    environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
-        command = ["apt-get", "-o", "DPkg::Lock::Timeout=300", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=600, check=False)
-        if done.returncode != 0:
-            raise Missing(
-                f"apt-get {words[0]} failed, so {', '.join(PACKAGES)} can't be installed: {done.stderr[-500:]}"
-            )
+        raise debian.Missing(
+            f"Ceph's gateway needs root, and: apt-get install --no-install-recommends {' '.join(PACKAGES)}"
+        )
+    debian.install("Ceph's gateway", PACKAGES, PROGRAMS)
 
 
 @contextlib.contextmanager
 def radosgw(root: Path) -> Iterator[S3Server]:
-    """`root`: an empty directory with a short path (it holds Unix sockets). Raises Missing."""
+    """`root`: an empty directory with a short path (it holds Unix sockets). Raises debian.Missing."""
     install()
     ceph = _Ceph(root)
     with contextlib.ExitStack() as stack:
