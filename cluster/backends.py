@@ -27,6 +27,9 @@ class Backend(Protocol):
     def render(self, plan: JobPlan) -> str:
         """The commands that `submit` runs, one a node. Pure: equal plans give equal text."""
 
+    def check(self, plan: JobPlan) -> None:
+        """Before anything is written: raises UsageError for what the engine is known not to give."""
+
     def preload(self, plan: JobPlan) -> Zygote | None:
         """A process on this machine from which nodes may be forked, where that saves time; nothing of the job yet."""
 
@@ -43,6 +46,9 @@ class Backend(Protocol):
 
     def reason(self, plan: JobPlan) -> str:
         """Why it is not running, in the scheduler's words, from what `state` has found; "" where nothing is to say."""
+
+    def called(self, plan: JobPlan) -> str:
+        """What the scheduler calls the job, like "Slurm job 1234"; "" where there is none."""
 
     def restarts_after_stop(self, plan: JobPlan) -> bool:
         """Whether a job that stopped (85) may be started again under the same job id, without a person."""

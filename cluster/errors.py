@@ -3,6 +3,7 @@
     DtrainError                 exit 1
     ├── UsageError              exit 2   what was asked can't be done; nothing was started
     │   └── ConfigError         exit 2   one or more Problems, each with file:line, key and a way out
+    ├── UnclearError            exit 4   what was asked may have happened or not: look before asking again
     ├── NodeError           exit 93  a node can't take part, and could not if it were started again
     ├── StorageError            exit 1   a store refused, failed or ran full
     │   └── AlreadyExists       exit 1   put-if-absent lost the race
@@ -46,6 +47,10 @@ class ConfigError(UsageError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class UnclearError(DtrainError):
+    exit_code = exits.UNKNOWN
 
 
 class NodeError(DtrainError):

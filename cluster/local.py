@@ -50,6 +50,9 @@ class LocalBackend:
             lines.append(f"setsid {' '.join(words)} </dev/null >>{log} 2>&1 &")
         return "\n".join(lines) + "\n"
 
+    def check(self, plan: JobPlan) -> None:
+        pass
+
     def preload(self, plan: JobPlan) -> Zygote | None:
         # What `setup` changes, a process that was started before it would not know.
         return Zygote(plan) if plan.workers == "warm" and not plan.setup else None
@@ -98,6 +101,9 @@ class LocalBackend:
         return "unknown" if "unknown" in found and not ended else "gone"
 
     def reason(self, plan: JobPlan) -> str:
+        return ""
+
+    def called(self, plan: JobPlan) -> str:
         return ""
 
     def restarts_after_stop(self, plan: JobPlan) -> bool:

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster import exits
 from dtrain.cluster.configfile import DEFAULT
-from dtrain.cluster.errors import ConfigError, Problem, UsageError
+from dtrain.cluster.errors import ConfigError, Problem, UnclearError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir, append_event, read_jsonl, write_atomic, write_once
 from dtrain.cluster.zygote import Zygote
@@ -195,6 +195,8 @@ def submit(job: Job, zygote: Zygote | None) -> None:
     """Starts the job. A submission that fails half way leaves nothing running and says so in the run's records."""
     try:
         job.backend.submit(job.plan, zygote)
+    except UnclearError:
+        raise  # a scheduler may have it: its state says so as soon as that is known
     except BaseException as error:
         job.backend.kill(job.plan)
         end(job, state="failed", exit_code=exits.FAILED, reason=f"could not be submitted: {error}", step=0)

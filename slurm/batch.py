@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dtrain.cluster.errors import DtrainError
+from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.cluster.interfaces import Interface
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.ports import PortRange, ports_of_no_connection
 from dtrain.cluster.procs import Liveness
-from dtrain.cluster.rundir import RunDir, write_atomic
+from dtrain.cluster.rundir import Control, RunDir, write_once
 from dtrain.cluster.zygote import Zygote
-from dtrain.slurm import jobenv, node
-from dtrain.slurm.owner import note_submission, slurm_job_id
+from dtrain.slurm import jobenv, node, owner, submission
+from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
+from dtrain.slurm.limits import over_limits, parse_partitions
+from dtrain.slurm.records import JobRecord
 from dtrain.slurm.script import batch_command, render_script
+from dtrain.slurm.standing import standing
 
-_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+# What the driver takes for the wish to save and end. Sent to the batch script, which is the driver's own process.
+STOP_SIGNAL = "TERM"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,49 +36,74 @@ class BatchBackend:
     def render(self, plan: JobPlan) -> str:
         return render_script(plan, batch_command(plan))
 
+    def check(self, plan: JobPlan) -> None:
+        try:
+            partitions = parse_partitions(ask("scontrol", "-o", "show", "partition"))
+        except (SlurmUnreachable, SlurmRefused) as error:
+            raise UsageError(f"slurmctld does not answer: {error}. Nothing was submitted; try again later.") from error
+        if problem := over_limits(plan, partitions):
+            raise UsageError(problem)
+
     def preload(self, plan: JobPlan) -> Zygote | None:
         return None
 
     def submit(self, plan: JobPlan, zygote: Zygote | None = None) -> None:
-        control = RunDir(plan.run_dir).control(plan.job_id)
-        script = control.path / "job.sbatch"
-        write_atomic(script, self.render(plan), 0o600)
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        if "SLURM_CONF" in os.environ:
-            environ["SLURM_CONF"] = os.environ["SLURM_CONF"]
-        said = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, env=environ)
-        if said.returncode != 0:
-            raise DtrainError(f"sbatch: {said.stderr.strip()}")
-        note_submission(control, said.stdout.strip().partition(";")[0])
+        answer = submission.submit(plan, self.render(plan), [])
+        if answer.outcome == "accepted":
+            return
+        found = standing(plan)
+        if found.liveness == "gone" and not _has_begun(plan):
+            raise DtrainError(f"Slurm has not accepted the job: {answer.words}. Nothing was started; launch again.")
+        if found.liveness == "unknown":
+            raise SlurmUnreachable(
+                f"whether Slurm has accepted job {plan.job_id} is not known: {answer.words}. As soon as slurmctld "
+                f"answers, `dtrain status {plan.name}` says so; until then a new launch is refused."
+            )
 
     def state(self, plan: JobPlan, max_age_s: float = 0.0) -> Liveness:
-        job_id = slurm_job_id(RunDir(plan.run_dir).control(plan.job_id))
-        if job_id is None:
-            return "unknown"
-        said = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True)
-        if said.returncode != 0:
-            return "gone" if "Invalid job id" in said.stderr else "unknown"
-        return "gone" if any(f"JobState={state}" in said.stdout for state in _OVER) else "alive"
+        return standing(plan, max_age_s).liveness
 
     def reason(self, plan: JobPlan) -> str:
-        return ""
+        return standing(plan, math.inf).words
+
+    def called(self, plan: JobPlan) -> str:
+        number = owner.slurm_job_id(_control(plan))
+        return f"Slurm job {number}" if number else ""
 
     def restarts_after_stop(self, plan: JobPlan) -> bool:
-        return True
+        return plan.slurm.on_stop != "none"
 
     def hasten(self, plan: JobPlan) -> None:
-        pass
+        """Slurm holds a requeued job for two minutes as a rule, against old credentials. Whoever may change the job may
+        let it go at once, when it is back in the queue; done once a restart."""
+        newest = owner.newest_owner(_control(plan))
+        held = [job for job in standing(plan, math.inf).jobs if job.phase == "pending" and job.reason == "BeginTime"]
+        if newest is None or not held:
+            return  # one that has not run yet waits for a time that its user gave
+        mark = _control(plan).path / f"slurm-hastened-{newest.number:04d}"
+        if write_once(mark, b"", 0o600):
+            with contextlib.suppress(SlurmUnreachable, SlurmRefused, UsageError):
+                ask("scontrol", "update", f"JobId={held[-1].job_id}", "StartTime=now")
 
     def stop(self, plan: JobPlan) -> None:
-        self._scancel(plan, "--signal=TERM", "--batch")
+        for job in self._alive(plan):
+            if job.phase == "pending":
+                _scancel("--state=PENDING", job)
+            if job.phase == "running":
+                # Where the end is written down there is nothing to save: only its coming back is to be prevented.
+                options = () if _control(plan).ended.exists() else (f"--signal={STOP_SIGNAL}", "--batch")
+                _scancel(*options, job)
 
     def kill(self, plan: JobPlan) -> None:
-        self._scancel(plan)
+        for job in self._alive(plan):
+            if job.phase != "completing":
+                _scancel(job)
 
-    def _scancel(self, plan: JobPlan, *options: str) -> None:
-        job_id = slurm_job_id(RunDir(plan.run_dir).control(plan.job_id))
-        if job_id is not None:
-            subprocess.run(["scancel", *options, job_id], capture_output=True)
+    def _alive(self, plan: JobPlan) -> tuple[JobRecord, ...]:
+        found = standing(plan)
+        if found.liveness == "unknown":
+            raise SlurmUnreachable(f"{plan.name}: {found.words}. Try again when it does.")
+        return found.jobs
 
     def start_node(self, plan: JobPlan, node_rank: int) -> bool:
         return node.start_node(plan, node_rank)
@@ -93,3 +122,18 @@ class BatchBackend:
 
     def interface(self, plan: JobPlan) -> Interface:
         return node.interface(plan)
+
+
+def _control(plan: JobPlan) -> Control:
+    return RunDir(plan.run_dir).control(plan.job_id)
+
+
+def _has_begun(plan: JobPlan) -> bool:
+    newest = owner.newest_owner(_control(plan))
+    return newest is not None and not newest.is_nobody
+
+
+def _scancel(*words: str | JobRecord) -> None:
+    """A job that has ended meanwhile needs none."""
+    with contextlib.suppress(SlurmRefused):
+        ask("scancel", *(str(word.job_id) if isinstance(word, JobRecord) else word for word in words))

@@ -56,7 +56,10 @@ def drive(plan: JobPlan, agent_args: tuple[str, ...] = (), environ: Mapping[str,
         )
     signals = Signals.watch()
     control = RunDir(plan.run_dir).control(plan.job_id)
-    owner = owners.claim(control, environ, here.nodes[: plan.nodes], owners.newest_owner(control))
+    newest = owners.newest_owner(control)
+    if newest is not None and newest.is_nobody:
+        raise UsageError(f"{plan.run_dir}: job {plan.job_id} was given up before Slurm was known to have it")
+    owner = owners.claim(control, environ, here.nodes[: plan.nodes], newest)
     if owner is None:
         raise UsageError(f"{plan.run_dir}: another Slurm job has just taken this run")
     if (code := begin(plan, owner)) is not None:

@@ -37,6 +37,11 @@ class Owner:
     def incarnation(self) -> str:
         return f"{self.slurm_job_id}.{self.restart}"
 
+    @property
+    def is_nobody(self) -> bool:
+        """The job was given up before Slurm was known to have it: whoever comes now is too late."""
+        return not self.slurm_job_id
+
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Owner:
         known = {name: data[name] for name in Owner.__dataclass_fields__}
@@ -64,6 +69,15 @@ def claim(control: Control, environ: Mapping[str, str], nodes: Sequence[str], af
     )
     path = control.path / f"{_PREFIX}{owner.number:04d}.json"
     return owner if write_once(path, json.dumps(asdict(owner)), 0o600) else None
+
+
+def claim_for_nobody(control: Control) -> bool:
+    """Keeps the job from ever beginning; False where it has begun."""
+    nobody = Owner(
+        number=1, slurm_job_id="", restart=0, cluster="", name="", user=getpass.getuser(), host=socket.gethostname(),
+        nodes=(), at=round(time.time(), 3),
+    )  # fmt: skip
+    return write_once(control.path / f"{_PREFIX}0001.json", json.dumps(asdict(nobody)), 0o600)
 
 
 def note_submission(control: Control, slurm_job_id: str, cluster: str = "") -> None:

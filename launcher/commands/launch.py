@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         check_store(first)
     if (settled := _known_by_its_files(args, first, plan)) is not None:
         return _say_nothing_to_do(plan, settled)
+    if not (args.dry_run or args.here):
+        get_backend(plan.backend).check(plan)
     with ExitStack() as preloaded:
         # It imports torch while everything is being checked; should nothing come of it, it goes without a trace.
         zygote = None if args.here or args.dry_run else get_backend(plan.backend).preload(plan)
@@ -220,5 +222,7 @@ def _dry_run(plan: JobPlan, settled: Settled, code: Bundle | None) -> int:
 
 
 def _say_detached(job: Job) -> int:
-    print(f"  job          {job.plan.job_id}, follow it: dtrain attach {job.plan.name}")
+    called = job.backend.called(job.plan)
+    number = f" ({called})" if called else ""
+    print(f"  job          {job.plan.job_id}{number}, follow it: dtrain attach {job.plan.name}")
     return exits.DONE
