@@ -47,7 +47,7 @@ def _problems(plan: JobPlan, partition: dict[str, str]) -> Iterator[str]:
         yield f"{asked}, {where} takes jobs of {least} or more. Ask for more, or name another."
     time, limit = plan.slurm.time, partition.get("MaxTime", "")
     if time and limit and not _fits(time, limit):
-        yield f"cluster.slurm.time: {time}, {where} gives {limit} at most. Ask for less: it goes on by itself (on_stop)."
+        yield f"cluster.slurm.time: {time}, {where} gives {limit} at most. Ask for less: it goes on (on_stop)."
 
 
 def _count(text: str) -> int | None:
