@@ -4,8 +4,9 @@
 
 Both sides train the demo's GPT (4 layers of 128) in the same two processes on the same batches: sum over a global batch
 of 32, AdamW, clipping, the loss read every step. dtrain's side also agrees on stops, seeds its random numbers, keeps
-the schedule, checks that all is finite and writes metrics.jsonl. Printed: the ratios of the pairs of blocks, in wall
-time and in CPU time of rank 0's process; the second one is steadier where other programs are running.
+the schedule, checks that all is finite and writes metrics.jsonl. Blocks are short and many, so that both of a pair meet
+the same load of other programs. Printed: the median of the pairs' ratios with its 95 % interval, in wall time and in
+CPU time of both processes; the second one is steadier where other programs are running.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import socket
 import statistics
@@ -186,8 +188,8 @@ def run_rank(rank: int, port: int, run_dir: Path, blocks: int, steps: int) -> No
                 began = time.perf_counter(), time.process_time()
                 sides[name](steps)
                 dist.barrier()
-                ended = time.perf_counter(), time.process_time()
-                times[name].append(((ended[0] - began[0]) / steps, (ended[1] - began[1]) / steps))
+                wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+                times[name].append((wall / steps, sum(ranks.all_reduce([cpu])) / steps))
         if rank == 0:
             report({name: found[1:] for name, found in times.items()})  # the first block warms up
 
@@ -196,17 +198,24 @@ def report(times: dict[str, list[tuple[float, float]]]) -> None:
     for kind, what in enumerate(("wall", "CPU")):
         ours, theirs = ([pair[kind] * 1e3 for pair in times[name]] for name in ("dtrain", "by hand"))
         ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, high = median_interval(len(ratios))
         print(
             f"{what:4s}  dtrain {statistics.median(ours):7.2f} ms a step, by hand {statistics.median(theirs):7.2f}; "
-            f"ratio median {middle:.3f}, quartiles {low:.3f} .. {high:.3f} ({len(ratios)} pairs)"
+            f"ratio median {statistics.median(ratios):.3f}, 95 % interval {ratios[low]:.3f} .. {ratios[high]:.3f} "
+            f"({len(ratios)} pairs)"
         )
+
+
+def median_interval(count: int) -> tuple[int, int]:
+    """Which of `count` sorted values hold the median between them at 95 % (the binomial's normal approximation)."""
+    half = 1.96 * math.sqrt(count) / 2
+    return max(0, math.floor((count - 1) / 2 - half)), min(count - 1, math.ceil((count - 1) / 2 + half))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=10, help="steps a block")
+    parser.add_argument("--blocks", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=4, help="steps a block")
     options = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -37,11 +37,37 @@ class _Bucket:
         self.work: dist.Work | None = None
 
     def reset(self) -> None:
-        self.buffer.zero_()
-        for parameter, view in zip(self.parameters, self.views, strict=True):
-            parameter.grad = view
+        """The buffer is not zeroed: the first gradient of a step is copied over what lies there, which costs less than
+        to zero it and to add."""
+        for parameter in self.parameters:
+            parameter.grad = None
         self.missing = set(range(len(self.parameters)))
         self.pending = set(self.missing)
+
+    def take(self, index: int) -> None:
+        """The first gradient of a step moves into the buffer; what autograd adds later it adds there."""
+        parameter, view = self.parameters[index], self.views[index]
+        gradient = parameter.grad
+        assert gradient is not None
+        view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+        parameter.grad = view
+        self.missing.discard(index)
+
+    def fill_gaps(self) -> None:
+        """Says which parameters have a gradient here. The others' places are zeros, for the ranks that have one."""
+        self.produced.fill_(1.0)
+        for index in self.missing:
+            self.produced[index] = 0.0
+            self.views[index].zero_()
+
+    def spread(self) -> None:
+        """After the sum: a parameter without a gradient here has one all the same where another rank found one."""
+        if not self.missing:
+            return
+        produced = self.produced.tolist()
+        for index in self.missing:
+            if produced[index]:
+                self.parameters[index].grad = self.views[index]
 
 
 class BucketedAllReduce:
@@ -80,11 +106,7 @@ class BucketedAllReduce:
             assert bucket.work is not None
             bucket.work.wait()
             bucket.work = None
-            if bucket.missing:
-                produced = bucket.produced.tolist()
-                for index in bucket.missing:
-                    if produced[index] == 0:
-                        bucket.parameters[index].grad = None
+            bucket.spread()
         return False  # the buckets say it themselves
 
     def drop_unused(self) -> None:
@@ -92,7 +114,8 @@ class BucketedAllReduce:
 
     def _make_hook(self, bucket: _Bucket, index: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            bucket.missing.discard(index)
+            if index in bucket.missing:
+                bucket.take(index)
             if not self._last:
                 return
             if index not in bucket.pending:  # its bucket may be on the way already
@@ -107,9 +130,7 @@ class BucketedAllReduce:
         return hook
 
     def _reduce(self, bucket: _Bucket) -> None:
-        bucket.produced.fill_(1.0)
-        for index in bucket.missing:
-            bucket.produced[index] = 0.0
+        bucket.fill_gaps()
         bucket.work = dist.all_reduce(bucket.buffer, group=self._group, async_op=True)
         self._next += 1
 

@@ -105,5 +105,8 @@ def test_damage_that_one_rank_reads_is_known_to_all(ask: Ask, tmp_path: Path) ->
 def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
     """Fused optimizers walk both as flat memory."""
     convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    BucketedAllReduce(list(convolution.parameters())).zero()
+    sync = BucketedAllReduce(list(convolution.parameters()))
+    sync.zero()
+    images = torch.rand(2, 3, 8, 8)  # the gradient that autograd makes for these is not channels last
+    torch.nn.functional.conv2d(images, convolution.weight.contiguous(), convolution.bias).sum().backward()
     assert convolution.weight.grad.stride() == convolution.weight.stride() != (27, 9, 3, 1)
