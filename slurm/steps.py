@@ -13,7 +13,9 @@ from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.nodescript import node_script
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import RunDir, write_atomic
+from dtrain.slurm.container import python_folders, wrap
 from dtrain.slurm.jobenv import step_environ
+from dtrain.slurm.options import srun_options
 
 # srun answers SIGTERM by killing the step at once (22.05), where Slurm wants it to save and end; and which processes of
 # a job get that signal differs by Slurm's way of tracking them. So a shell that is deaf to it stands above srun, in a
@@ -53,6 +55,7 @@ def step_argv(
     """One task on each of `nodes`; the agent of `node_rank` on the only one, where that is given."""
     count = len(nodes)
     rank = () if node_rank is None else (str(node_rank),)
+    container = wrap(plan, python_folders(plan.python))
     return (
         "srun",
         f"--nodes={count}",
@@ -70,6 +73,9 @@ def step_argv(
         "--export=ALL",
         *(("--overlap",) if overlap else ()),
         "--job-name=dtrain",
+        *srun_options(plan.slurm),
+        *container.srun,
+        *container.before,
         "bash",
         str(script_path(plan)),
         *rank,
