@@ -50,7 +50,9 @@ EVERYTHING = SlurmConfig(
     partition="gpu,long", account="lab", qos="high", time="1-12:00:00", gpus_per_node="a100:4", mem="250G",
     constraint="ib&(rack1|rack2)", nodelist="gpu[1-4]", exclude="gpu07", reservation="friday",
     dependency="afterok:17?afterany:18", signal="B:USR1@300", no_kill=True, on_stop="resubmit",
-    sbatch={"mail-type": "END,FAIL", "exclusive": True, "comment": 'a "b" \\ $(c) # d', "gres": "tmpfs:1T", "nice": False},
+    sbatch={
+        "mail-type": "END,FAIL", "exclusive": True, "comment": 'a "b" \\ $(c) # d', "gres": "tmpfs:1T", "nice": False,
+    },
 )  # fmt: skip
 SHAPES = {
     "plain": PLAN,
@@ -61,8 +63,9 @@ SHAPES = {
 }
 # One of everything that bash, sbatch or a format string gives a meaning to.
 HOSTILE = [
-    "two words", "it's", 'say "hi"', "a\nb", "back\\slash", "\\n", "$HOME", "$(touch /tmp/owned)", "`id`", "x; rm -rf ~",
-    "a,b", "a:b", "é ü 日本", "-rf", "--wrap=x", "%j %%", "!!", "*", "~", "#", "|&<>(){}[]", " lead", "trail ", "\t",
+    "two words", "it's", 'say "hi"', "a\nb", "back\\slash", "\\n", "$HOME", "$(touch /tmp/owned)", "`id`",
+    "x; rm -rf ~", "a,b", "a:b", "é ü 日本", "-rf", "--wrap=x", "%j %%", "!!", "*", "~", "#", "|&<>(){}[]",
+    " lead", "trail ", "\t",
 ]  # fmt: skip
 
 
@@ -114,11 +117,11 @@ def test_equal_plans_give_equal_text() -> None:
 
 def test_every_option_is_as_old_as_20_11() -> None:
     """The text is the same for every version: nothing in it came later (sbatch(1) of 20.11)."""
-    known = set(
-        "job-name nodes ntasks-per-node cpus-per-task gres partition account qos time mem constraint nodelist exclude "
-        "reservation dependency no-kill requeue no-requeue signal open-mode export mail-type exclusive comment "
-        "gpus-per-task".split()
-    )
+    known = {
+        *("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gres", "gpus-per-task", "mem", "exclusive"),
+        *("partition", "account", "qos", "time", "constraint", "nodelist", "exclude", "reservation", "dependency"),
+        *("no-kill", "requeue", "no-requeue", "signal", "open-mode", "export", "mail-type", "comment"),
+    }
     used = {option[2:].partition("=")[0] for plan in SHAPES.values() for option in header(render(plan))}
     assert used == known
 
@@ -133,7 +136,8 @@ def test_header_lines_say_what_was_meant(value: str) -> None:
 
 def _unquote(text: str) -> list[str]:
     """sbatch's: quotes of both kinds group, a backslash takes the next character anywhere, `#` ends the line."""
-    words, word, quote, index = [], "", "", 0
+    words: list[str] = []
+    word, quote, index = "", "", 0
     while index < len(text):
         character = text[index]
         if character == "\\":
