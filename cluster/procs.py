@@ -35,8 +35,9 @@ def die_with_parent(parent: int) -> None:
 
 
 def set_process_name(name: str) -> None:
-    """What `ps -o comm` and `top` show; the kernel keeps 15 bytes."""
-    _libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+    """What `ps -o comm` and `top` show; the kernel keeps 15 bytes. Blanks become dashes: Slurm's proctrack/linuxproc
+    (seen with 22.05) misreads /proc/PID/stat of a process whose name has one, and then can't end it."""
+    _libc.prctl(_PR_SET_NAME, name.replace(" ", "-").encode()[:15], 0, 0, 0)
 
 
 def start_time(pid: int) -> int | None:

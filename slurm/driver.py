@@ -17,14 +17,17 @@ from types import FrameType
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.rundir import Control, RunDir, append_event, read_json, write_atomic
+from dtrain.cluster.procs import ProcessId
+from dtrain.cluster.rundir import Control, RunDir, append_event, read_json, write_atomic, write_once
 from dtrain.slurm import owner as owners
+from dtrain.slurm.deaths import count_death
 from dtrain.slurm.jobenv import SlurmJob, slurm_job
 from dtrain.slurm.owner import Owner
-from dtrain.slurm.steps import srun_log, start_step, step_argv, write_script
+from dtrain.slurm.steps import Traces, last_words, srun_log, start_step, step_argv, write_script
 
 _POLL_S = 0.5
-_LAST_WORDS = 12  # lines of srun's
+_AGAIN_S = 3.0  # times the deaths so far, before the agents are started again
+_LEAVE_S = 30.0  # for agents to leave after the job's end
 
 
 @dataclass(slots=True)
@@ -97,7 +100,7 @@ def _forget_stop(control: Control) -> None:
 
 
 class _Step:
-    """One srun, from its start to the end of all agents."""
+    """The agents of one incarnation: started by srun, again where all of them die, until the job has ended."""
 
     def __init__(
         self, plan: JobPlan, here: SlurmJob, owner: Owner, signals: Signals, environ: Mapping[str, str]
@@ -108,17 +111,40 @@ class _Step:
         self._signals = signals
         self._environ = environ
         self._control = RunDir(plan.run_dir).control(plan.job_id)
+        self._log = srun_log(plan)
 
     def run(self) -> int:
-        argv = step_argv(self._plan, self._owner.nodes, self._here.cpus_per_node)
-        log = srun_log(self._plan)
-        said_before = log.stat().st_size if log.exists() else 0
-        srun = start_step(argv, log, self._environ)
-        while srun.liveness() == "alive":
+        while True:
+            said_before = self._log.stat().st_size if self._log.exists() else 0
+            self._wait(self._start())
+            ended = read_json(self._control.ended)
+            if ended is not None:
+                return int(ended["exit_code"])
+            words = "; ".join(last_words(self._log, said_before)) or "srun said nothing"
+            print(f"every agent is gone, and none could say why: {words}", file=sys.stderr, flush=True)
+            if self._signals.seen:
+                return exits.STOPPED
+            deaths = count_death(self._control)
+            if deaths > self._plan.max_restarts_without_progress:
+                return self._give_up(f"all agents died {deaths} times in a row without a new step: {words}")
+            time.sleep(_AGAIN_S * deaths)
+
+    def _start(self) -> ProcessId:
+        return start_step(step_argv(self._plan, self._owner.nodes, self._here.cpus_per_node), self._log, self._environ)
+
+    def _wait(self, srun: ProcessId) -> None:
+        """Until the job has ended, or nothing of the agents lives. srun may be gone long before them."""
+        traces = Traces(self._plan, self._here.id)
+        ended_at = None
+        while srun.liveness() == "alive" or (ended_at is None and traces.agents_may_live()):
+            if ended_at is None and self._control.ended.exists():
+                ended_at = time.monotonic()
+            if ended_at is not None and time.monotonic() - ended_at > _LEAVE_S:
+                return  # it waits for a node that is lost; what is left ends with the Slurm job
             time.sleep(_POLL_S)
-        ended = read_json(self._control.ended)
-        if ended is not None:
-            return int(ended["exit_code"])
-        words = log.read_bytes()[said_before:].decode(errors="replace").splitlines()[-_LAST_WORDS:]
-        print("\n".join(["every agent ended without a word; srun said:", *words]), file=sys.stderr, flush=True)
+
+    def _give_up(self, reason: str) -> int:
+        words = {"state": "failed", "exit_code": exits.FAILED, "reason": reason, "step": 0}
+        if write_once(self._control.ended, json.dumps({**words, "at": round(time.time(), 3)}), 0o600):
+            append_event(RunDir(self._plan.run_dir), "ended", **words)
         return exits.FAILED

@@ -44,13 +44,17 @@ class SlurmJob:
 def slurm_job(environ: Mapping[str, str]) -> SlurmJob | None:
     """None outside of an allocation. Raises UsageError where the variables make no sense."""
     job_id = environ.get("SLURM_JOB_ID")
-    nodes = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
-    if not job_id or not nodes:
+    listed = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+    if not job_id or not listed:
         return None
+    try:
+        nodes = expand(listed)
+    except ValueError as error:
+        raise UsageError(f"SLURM_JOB_NODELIST: {error}") from error
     return SlurmJob(
         id=job_id,
         restart=int(environ.get("SLURM_RESTART_COUNT") or 0),
-        nodes=tuple(expand(nodes)),
+        nodes=tuple(nodes),
         cpus_per_node=fewest_cpus(environ.get("SLURM_JOB_CPUS_PER_NODE") or environ.get("SLURM_CPUS_ON_NODE") or "1"),
         gpus_per_node=_gpus(environ),
     )

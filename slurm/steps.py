@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.nodescript import node_script
 from dtrain.cluster.procs import ProcessId
-from dtrain.cluster.rundir import RunDir, write_atomic
-from dtrain.slurm.container import python_folders, wrap
+from dtrain.cluster.rundir import RunDir, read_json, write_atomic
+from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.jobenv import step_environ
-from dtrain.slurm.options import srun_options
+from dtrain.slurm.records import parse_scontrol
+
+STEP_NAME = "dtrain"
+_SILENCE_S = 5.0  # of the coordinator, which writes its status every second
+_LOOK_S = 5.0  # between two questions to Slurm
 
 # srun answers SIGTERM by killing the step at once (22.05), where Slurm wants it to save and end; and which processes of
 # a job get that signal differs by Slurm's way of tracking them. So a shell that is deaf to it stands above srun, in a
@@ -55,7 +60,6 @@ def step_argv(
     """One task on each of `nodes`; the agent of `node_rank` on the only one, where that is given."""
     count = len(nodes)
     rank = () if node_rank is None else (str(node_rank),)
-    container = wrap(plan, python_folders(plan.python))
     return (
         "srun",
         f"--nodes={count}",
@@ -72,10 +76,7 @@ def step_argv(
         "--input=none",
         "--export=ALL",
         *(("--overlap",) if overlap else ()),
-        "--job-name=dtrain",
-        *srun_options(plan.slurm),
-        *container.srun,
-        *container.before,
+        f"--job-name={STEP_NAME}",
         "bash",
         str(script_path(plan)),
         *rank,
@@ -94,3 +95,57 @@ def start_step(argv: Sequence[str], log: Path, environ: Mapping[str, str]) -> Pr
         start_new_session=True,
     )
     return ProcessId.of(int(started.stdout))
+
+
+def is_over(slurm_job_id: str) -> bool:
+    """Whether Slurm says so; a job that it does not know any more is. Raises SlurmUnreachable."""
+    try:
+        records = parse_scontrol(ask("scontrol", "-o", "show", "job", slurm_job_id))
+    except SlurmRefused:
+        return True
+    return all(record.phase in ("over", "completing") for record in records)
+
+
+def last_words(log: Path, offset_bytes: int, lines: int = 4) -> list[str]:
+    """The end of what srun has said since, without what every step says."""
+    with open(log, "rb") as file:
+        file.seek(offset_bytes)
+        said = file.read().decode(errors="replace").splitlines()
+    return [line for line in said if line.strip() and "lacks support for cpu binding" not in line][-lines:]
+
+
+class Traces:
+    """Whether agents may live that no srun of ours watches: the coordinator writes its status every second, and Slurm
+    lists the steps of a job. Where Slurm does not answer they may."""
+
+    def __init__(self, plan: JobPlan, slurm_job_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._status = RunDir(plan.run_dir).control(plan.job_id).status
+        self._job = slurm_job_id
+        self._clock = clock
+        self._stamp = self._read_stamp()
+        self._changed_at = self._looked_at = clock()
+        self._listed = True
+
+    def agents_may_live(self) -> bool:
+        now = self._clock()
+        stamp = self._read_stamp()
+        if stamp != self._stamp:
+            self._stamp, self._changed_at = stamp, now
+        if now - self._changed_at < _SILENCE_S:
+            return True
+        if now - self._looked_at >= _LOOK_S:
+            self._looked_at = now
+            self._listed = self._is_listed()
+        return self._listed
+
+    def _read_stamp(self) -> object:
+        return (read_json(self._status) or {}).get("seen_at")
+
+    def _is_listed(self) -> bool:
+        try:
+            said = ask("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%j")
+        except SlurmRefused:
+            return False
+        except SlurmUnreachable:
+            return True
+        return STEP_NAME in said.split()

@@ -374,7 +374,7 @@ def test_many_restarts_leave_no_descriptors_and_no_processes(launch: Make, worke
     def use() -> list[tuple[int, int]]:
         """Of each node: its processes, and the descriptors of those that live on, agent and warm parent."""
         nodes = [job.session(node) for node in (0, 1)]
-        lasting = [[p for p in each if p.name().startswith(("dtrain node", "dtrain warm"))] for each in nodes]
+        lasting = [[p for p in each if p.name().startswith(("dtrain-node", "dtrain-warm"))] for each in nodes]
         return [(len(each), sum(p.num_fds() for p in last)) for each, last in zip(nodes, lasting, strict=True)]
 
     def steady() -> list[tuple[int, int]]:

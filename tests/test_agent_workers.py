@@ -121,7 +121,7 @@ def test_a_worker_finds_its_world(tmp_path: Path, workers: str) -> None:
         "toy": "from the plan",
         "omp": os.environ.get("OMP_NUM_THREADS", "1"),
         "cwd": str(tmp_path),
-        "comm": "dtrain 1/2\n",
+        "comm": "dtrain-1/2\n",
         "term": "StopFlag",
         "same": "1",
         "blocked": [],

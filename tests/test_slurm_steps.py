@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 
 from dtrain.cluster import exits
+from dtrain.cluster.configfile import DEFAULT
 from dtrain.cluster.errors import UsageError
-from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.jobplan import ClusterConfig, JobPlan
 from dtrain.cluster.ports import listening_socket, ports_of_no_connection
 from dtrain.cluster.rundir import Control, RunDir, read_json, read_jsonl
+from dtrain.cluster.slurmconfig import SlurmConfig
+from dtrain.launcher.inside import fit
+from dtrain.slurm.deaths import count_death
 from dtrain.slurm.driver import begin
-from dtrain.slurm.jobenv import fewest_cpus, slurm_job, step_environ, worker_environ
+from dtrain.slurm.jobenv import SlurmJob, fewest_cpus, slurm_job, step_environ, worker_environ
 from dtrain.slurm.owner import Owner, claim, newest_owner, note_submission, slurm_job_id
-from dtrain.slurm.steps import agent_script, start_step, step_argv
+from dtrain.slurm.steps import Traces, agent_script, last_words, start_step, step_argv
 
 BATCH = {
     "SLURM_JOB_ID": "17",
@@ -222,3 +226,49 @@ def test_a_taken_port_is_passed_over_wherever_the_search_begins() -> None:
     for _ in range(8):
         with listening_socket("127.0.0.1", ports) as one, listening_socket("127.0.0.1", ports) as two:
             assert {one.getsockname()[1], two.getsockname()[1]} == {first, first + 1}
+
+
+def test_deaths_count_until_a_new_step(control: Control) -> None:
+    assert [count_death(control), count_death(control)] == [1, 2]
+    (control.path / "memory.json").write_text(json.dumps({"reached": 5, "committed": 0}))
+    assert [count_death(control), count_death(control)] == [1, 2]
+
+
+def test_agents_whose_status_moves_are_alive_whatever_slurm_says(tmp_path: Path, control: Control) -> None:
+    """srun may be gone, and slurmctld may have taken the step off its list."""
+    now = 0.0
+    traces = Traces(a_plan(tmp_path / "run"), "17", clock=lambda: now)
+    traces._is_listed = lambda: False  # type: ignore[method-assign]
+    for now in (4.0, 8.0, 12.0):
+        control.status.write_text(json.dumps({"seen_at": now}))
+        assert traces.agents_may_live()
+    now = 30.0
+    assert not traces.agents_may_live()
+
+
+def test_the_last_words_of_srun(tmp_path: Path) -> None:
+    log = tmp_path / "srun.log"
+    log.write_text("of another start\n")
+    offset = log.stat().st_size
+    with open(log, "a") as file:
+        file.write("srun: cluster configuration lacks support for cpu binding\nsrun: error: nodes are busy\n\n")
+    assert last_words(log, offset) == ["srun: error: nodes are busy"]
+
+
+ALLOCATION = SlurmJob(id="17", restart=0, nodes=("a", "b", "c"), cpus_per_node=4, gpus_per_node=2)
+
+
+def test_an_allocation_gives_what_is_asked_or_all_of_it() -> None:
+    said = {"cluster.nodes": "cfg.yaml:3"}
+    assert fit(ClusterConfig(nodes=2), said, ALLOCATION, whole=False).nodes == 2
+    assert fit(ClusterConfig(), {"cluster.nodes": DEFAULT}, ALLOCATION, whole=False).nodes == 3
+    assert fit(ClusterConfig(nodes=2), said, ALLOCATION, whole=True).nodes == 3
+    with pytest.raises(UsageError, match=r"4, but this allocation \(Slurm job 17\) has 3 nodes.*--submit"):
+        fit(ClusterConfig(nodes=4), said, ALLOCATION, whole=False)
+
+
+def test_what_sbatch_was_to_be_asked_gives_way_to_what_it_gave() -> None:
+    slurm = SlurmConfig(gpus_per_node="4", sbatch={"gres": "gpu:4", "comment": "x"})
+    fitted = fit(ClusterConfig(nodes=2, slurm=slurm), {}, ALLOCATION, whole=True)
+    wanted = ("cluster.gpus_per_node=2", "cluster.slurm.gpus_per_node=2", "cluster.slurm.sbatch.gres=gpu:2")
+    assert fitted.overrides == wanted

@@ -62,7 +62,21 @@ def run(args: argparse.Namespace) -> int:
     if args.batch:
         from dtrain.launcher.injob import run_in_job
 
-        return run_in_job(args)
+        return run_in_job(args, _prepare)
+    outcome = _prepare(args)
+    if isinstance(outcome, int):
+        return outcome
+    job, since = outcome
+    if args.here:
+        from dtrain.launcher.here import train_here
+
+        return train_here(job, since)
+    return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
+
+
+def _prepare(args: argparse.Namespace) -> int | tuple[Job, Bookmark]:
+    """From the config to a job that is recorded, and submitted where it is not to run in this process; an exit code
+    where there is nothing to do."""
     first = _load(args, name=args.name, run_dir=args.run_dir)
     if args.here:
         first = _as_one_rank(args, first)
@@ -78,15 +92,7 @@ def run(args: argparse.Namespace) -> int:
         zygote = None if args.here or args.dry_run else get_backend(plan.backend).preload(plan)
         if zygote is not None:
             preloaded.enter_context(zygote)
-        outcome = _submit(args, first, plan, zygote)
-    if isinstance(outcome, int):
-        return outcome
-    job, since = outcome
-    if args.here:
-        from dtrain.launcher.here import train_here
-
-        return train_here(job, since)
-    return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
+        return _submit(args, first, plan, zygote)
 
 
 def _submit(
@@ -116,7 +122,7 @@ def _submit(
             plan = pack_code(plan, code)
         job = record(config, plan)
         print("\n".join(header(plan, settled, code)), flush=True)
-        if not args.here:
+        if not (args.here or args.batch):
             submit(job, zygote)
     return job, since
 
