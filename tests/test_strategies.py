@@ -108,5 +108,6 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
     sync = BucketedAllReduce(list(convolution.parameters()))
     sync.zero()
     images = torch.rand(2, 3, 8, 8)  # the gradient that autograd makes for these is not channels last
-    torch.nn.functional.conv2d(images, convolution.weight.contiguous(), convolution.bias).sum().backward()
+    total = torch.nn.functional.conv2d(images, convolution.weight.contiguous(), convolution.bias).sum()
+    total.backward()  # type: ignore[no-untyped-call]
     assert convolution.weight.grad.stride() == convolution.weight.stride() != (27, 9, 3, 1)
