@@ -111,9 +111,11 @@ def _preparation(refuse: str, setup: Sequence[str], python: str) -> list[str]:
         f"dtrain_python={shlex.quote(python)}",
         f"dtrain_probe={shlex.quote(_PROBE)}",
         f"dtrain_setup=({shlex.join(setup)})",
-        refuse + _CHECK,
+        refuse,
     ]
-    lines.append("trap 'dtrain_check $?' EXIT  # a line may also end the shell")
-    for index, line in enumerate(setup):
-        lines += [f"dtrain_line={index + 1}", line, "dtrain_check $?"]
-    return [*lines, "trap - EXIT", _LOOK_AT_PYTHON]
+    if setup:
+        lines += [_CHECK, "trap 'dtrain_check $?' EXIT  # a line may also end the shell"]
+        for index, line in enumerate(setup):
+            lines += [f"dtrain_line={index + 1}", line, "dtrain_check $?"]
+        lines.append("trap - EXIT")
+    return [*lines, _LOOK_AT_PYTHON]

@@ -28,6 +28,7 @@ from dtrain.runtime.config import (
     TrainConfig,
 )
 from dtrain.runtime.tracking.feed import PACKAGES
+from dtrain.slurm.container import check_container
 from dtrain.slurm.optionchecks import check_options
 from dtrain.strategies.caps import CAPS, refused
 from dtrain.strategies.config import StrategyConfig
@@ -66,6 +67,7 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         (("strategy", "cluster"), check_cluster),
         (("cluster",), check_nodes),
         (("cluster",), _engine),
+        (("cluster", "run_dir", "checkpoint"), _container),
         (("train", "strategy", "cluster"), check_computing),
         (("run_dir", "checkpoint"), _places),
         (("track",), _trackers),
@@ -202,6 +204,11 @@ def _engine(cluster: ClusterConfig) -> Found:
             "cluster.container",
             f"backend {cluster.backend} starts no containers. Leave it out, or set backend: slurm.",
         )
+
+
+def _container(cluster: ClusterConfig, run_dir: str, checkpoint: CheckpointConfig) -> Found:
+    if cluster.backend == "slurm":
+        yield from check_container(cluster, run_dir, checkpoint.url)
 
 
 def _trackers(track: tuple[str, ...]) -> Found:

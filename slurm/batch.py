@@ -17,6 +17,7 @@ from dtrain.cluster.zygote import Zygote
 from dtrain.slurm import jobenv, node, owner, submission
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.limits import over_limits, parse_partitions
+from dtrain.slurm.options import submit_options
 from dtrain.slurm.records import JobRecord
 from dtrain.slurm.script import batch_command, render_script
 from dtrain.slurm.standing import standing
@@ -48,7 +49,8 @@ class BatchBackend:
         return None
 
     def submit(self, plan: JobPlan, zygote: Zygote | None = None) -> None:
-        answer = submission.submit(plan, self.render(plan), [])
+        (RunDir(plan.run_dir).path / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes none for the job's output
+        answer = submission.submit(plan, self.render(plan), submit_options(plan))
         if answer.outcome == "accepted":
             return
         found = standing(plan)

@@ -56,6 +56,7 @@ _SRUN_OURS = {
     "nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "cpu-bind", "kill-on-bad-exit", "no-kill", "unbuffered",
     "input", "output", "error", "open-mode", "export", "job-name", "overlap", "exact", "nodelist", "exclude", "jobid",
     "container-image", "container-mounts", "label", "pty", "multi-prog", "het-group", "relative", "signal", "time",
+    "mpi", "distribution",
 }  # fmt: skip
 _SHORT = {
     "A": "account", "B": "extra-node-info", "C": "constraint", "D": "chdir", "F": "nodefile", "G": "gpus",
@@ -66,58 +67,17 @@ _SHORT = {
     "x": "exclude",
 }  # fmt: skip
 # sbatch(1) of 20.11 to 25.05, beside the options above. Others may be a plugin's, and are passed on.
-_KNOWN = frozenset(
-    (
-        *(*_ELSEWHERE, *_OURS, *_SHORT.values()),
-        *(
-            "acctg-freq",
-            "batch",
-            "bb",
-            "bbf",
-            "begin",
-            "burst-buffer",
-            "cluster-constraint",
-            "comment",
-            "consolidate-segments",
-        ),
-        *("contiguous", "cores-per-socket", "cpu-freq", "cpus-per-gpu", "deadline", "delay-boot", "exclusive"),
-        *("export", "export-file", "external-launcher", "extra", "get-user-env", "gid", "gpu-bind", "gpu-freq", "gpus"),
-        *("gpus-per-socket", "gpus-per-task", "gres", "gres-flags", "hint", "ignore-pbs", "kill-on-invalid-dep"),
-        *(
-            "mail-type",
-            "mail-user",
-            "mcs-label",
-            "mem-bind",
-            "mem-per-cpu",
-            "mem-per-gpu",
-            "mincpus",
-            "network",
-            "nice",
-        ),
-        *(
-            "no-step-tmpfs",
-            "oom-kill-step",
-            "prefer",
-            "priority",
-            "power",
-            "profile",
-            "propagate",
-            "reboot",
-            "resv-ports",
-        ),
-        *(
-            "segment",
-            "sockets-per-node",
-            "spread-job",
-            "stepmgr",
-            "switches",
-            "thread-spec",
-            "threads-per-core",
-            "time-min",
-        ),
-        *("tmp", "tres-bind", "tres-per-task", "uid", "use-min-nodes", "wait-all-nodes", "wckey", "x11"),
-    )
-)
+_OTHERS = {
+    "acctg-freq", "batch", "bb", "bbf", "begin", "burst-buffer", "cluster-constraint", "comment", "contiguous",
+    "cores-per-socket", "cpu-freq", "cpus-per-gpu", "deadline", "delay-boot", "exclusive", "export", "export-file",
+    "external-launcher", "extra", "get-user-env", "gid", "gpu-bind", "gpu-freq", "gpus", "gpus-per-socket",
+    "gpus-per-task", "gres", "gres-flags", "hint", "ignore-pbs", "kill-on-invalid-dep", "mail-type", "mail-user",
+    "mcs-label", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice", "oom-kill-step", "prefer",
+    "priority", "power", "profile", "propagate", "reboot", "resv-ports", "segment", "sockets-per-node", "spread-job",
+    "stepmgr", "switches", "thread-spec", "threads-per-core", "time-min", "tmp", "tres-bind", "tres-per-task", "uid",
+    "use-min-nodes", "wait-all-nodes", "wckey", "x11",
+}  # fmt: skip
+_KNOWN = frozenset((*_ELSEWHERE, *_OURS, *_OTHERS, *_SHORT.values()))
 _LONG_NAME = re.compile(r"[a-z0-9][a-z0-9_-]+")
 
 

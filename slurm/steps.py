@@ -15,7 +15,9 @@ from dtrain.cluster.nodescript import node_script
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import RunDir, read_json, write_atomic
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
+from dtrain.slurm.container import python_folders, wrap
 from dtrain.slurm.jobenv import step_environ
+from dtrain.slurm.options import srun_options
 from dtrain.slurm.records import parse_scontrol
 
 STEP_NAME = "dtrain"
@@ -60,6 +62,7 @@ def step_argv(
     """One task on each of `nodes`; the agent of `node_rank` on the only one, where that is given."""
     count = len(nodes)
     rank = () if node_rank is None else (str(node_rank),)
+    container = wrap(plan, python_folders(plan.python))
     return (
         "srun",
         f"--nodes={count}",
@@ -77,6 +80,9 @@ def step_argv(
         "--export=ALL",
         *(("--overlap",) if overlap else ()),
         f"--job-name={STEP_NAME}",
+        *srun_options(plan.slurm),
+        *container.srun,
+        *container.before,
         "bash",
         str(script_path(plan)),
         *rank,

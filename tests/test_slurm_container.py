@@ -1,0 +1,76 @@
+"""Images for the agents: the words for pyxis and apptainer as their manuals have them. Neither runs here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.cluster.jobplan import ClusterConfig, JobPlan
+from dtrain.cluster.slurmconfig import ContainerConfig
+from dtrain.slurm.container import Wrapping, check_container, mounted, python_folders, wrap
+from dtrain.slurm.steps import step_argv
+
+RUN = "/work/ada/runs/a run"
+
+
+def a_plan(container: ContainerConfig | None, gpus: int = 0, checkpoints: str = f"file://{RUN}/checkpoints") -> JobPlan:
+    return JobPlan(
+        name="run", run_dir=RUN, job_id="slurm-1", backend="slurm", nodes=2, procs_per_node=1, gpus_per_node=gpus,
+        threads_per_proc=0, python="/opt/python", argv=(), cwd="/home/ada/x", sys_path=("/home/ada/x/y", "/home/ada/z"),
+        env={}, checkpoint_url=checkpoints, workers="warm", max_restarts_without_progress=3, container=container,
+    )  # fmt: skip
+
+
+def test_pyxis() -> None:
+    container = ContainerConfig(image="nvcr.io#nvidia/pytorch:25.01-py3", runtime="pyxis", mounts=("/data:/data:ro",))
+    argv = step_argv(a_plan(container, gpus=4), ["n1", "n2"], 8)
+    own = "/home/ada/z:/home/ada/z,/home/ada/x:/home/ada/x"
+    mounts = f"/data:/data:ro,{own},{RUN}:{RUN}"
+    assert argv[-4:-2] == ("--container-image=nvcr.io#nvidia/pytorch:25.01-py3", argv[-3])
+    assert sorted(argv[-3].removeprefix("--container-mounts=").split(",")) == sorted(mounts.split(","))
+    assert argv[-2:] == ("bash", f"{RUN}/control/slurm-1/node.sh")
+
+
+def test_apptainer() -> None:
+    container = ContainerConfig(image="/images/a b.sif", runtime="apptainer")
+    words = wrap(a_plan(container, gpus=4, checkpoints="/ckpt"), ["/env"])
+    assert words.srun == ()
+    assert words.before[:4] == ("apptainer", "exec", "--nv", "--bind")
+    assert set(words.before[4].split(",")) == {
+        f"{folder}:{folder}" for folder in ("/env", "/ckpt", "/home/ada/x", "/home/ada/z", RUN)
+    }
+    assert words.before[5:] == ("/images/a b.sif",)
+    assert "--nv" not in wrap(a_plan(container), []).before
+    argv = step_argv(a_plan(container), ["n1"], 8, node_rank=1, overlap=True)
+    assert argv[argv.index("apptainer") - 1].startswith("--")
+    assert argv[-4:] == ("/images/a b.sif", "bash", f"{RUN}/control/slurm-1/node.sh", "1")
+
+
+def test_without_a_container_nothing_is_added() -> None:
+    assert wrap(a_plan(None), ["/env"]) == Wrapping()
+
+
+def test_folders_within_others_are_left_out() -> None:
+    assert set(mounted(a_plan(None, checkpoints="s3://bucket/x"), [])) == {"/home/ada/x", "/home/ada/z", RUN}
+    assert set(mounted(a_plan(None), ["/home/ada"])) == {"/home/ada", RUN}
+
+
+def test_this_python_is_brought_along_and_the_images_own_is_not() -> None:
+    folders = python_folders(sys.executable)
+    assert sys.prefix in folders
+    assert any((Path(folder) / "slurm" / "job.sbatch").exists() for folder in folders)
+    assert not {"/", "/usr", "/usr/local"} & set(folders)
+    assert python_folders("/opt/python") == ()
+
+
+def test_what_a_container_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    container = ContainerConfig(image="a.sif", runtime="apptainer")
+    cluster = ClusterConfig(backend="slurm", container=container, python="/opt/python")
+    assert list(check_container(cluster, "/runs/a", "s3://b,c/x")) == []
+    assert [key for key, _ in check_container(cluster, "/runs/a,b", "file:///c:d")] == ["run_dir", "checkpoint.url"]
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    ((key, message),) = check_container(ClusterConfig(backend="slurm", container=container), "/r", "/c")
+    assert key == "cluster.python"
+    assert "needs this host's /usr" in message
