@@ -6,13 +6,13 @@ still alive. What it says is in launcher/console.py, where it appears in launche
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -31,7 +31,7 @@ from dtrain.launcher.tail import JsonTail, LineTail
 POLL_S = 0.15
 KILLED = "killed by Ctrl-C (second time)"
 ASK_BACKEND_S = 2.0
-BACKEND_AGE_S = 30.0  # a scheduler is asked rarely, once for all followers: the files tell of everything but a death
+BACKEND_AGE_S = 40.0  # a scheduler is asked rarely, once for all followers: the files tell of everything but a death
 TRACEBACK_HOLD_S = 3.0
 # What comes before the first step of an attempt.
 STARTS = frozenset({"submitted", "node_joined", "attempt_started", "workers_started", "chosen", "resumed"})
@@ -274,7 +274,16 @@ def _is_gone(job: Job) -> bool:
     """Asked in this order: a job that ended between the two questions has ended.json by the second."""
     if time.time() - job.submitted_at < STARTING_S and not job.control.status.exists():
         return False
-    return job.backend.state(job.plan, BACKEND_AGE_S) == "gone" and job.final_end() is None
+    return job.backend.state(job.plan, _patience_s(job)) == "gone" and job.final_end() is None
+
+
+def _patience_s(job: Job) -> float:
+    """How old the back end's word may be: the longer nothing has happened, the less soon something will."""
+    if job.control.status.exists() and not job.control.ended.exists():
+        return BACKEND_AGE_S
+    with contextlib.suppress(FileNotFoundError):
+        return min(BACKEND_AGE_S, time.time() - job.control.ended.stat().st_mtime)
+    return min(BACKEND_AGE_S, time.time() - job.submitted_at)
 
 
 def _on_interrupt(job: Job, screen: Screen, view: RunView, count: int) -> bool:
@@ -342,7 +351,7 @@ def again_command(job: Job) -> str:
     return continue_command(plan.argv, plan.cwd, os.getcwd(), name=plan.name, run_dir=plan.run_dir)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interrupts() -> Iterator[list[float]]:
     """Collects Ctrl-C in a list instead of raising: an exception could hit between reading a line and showing it."""
     seen: list[float] = []

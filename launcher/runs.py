@@ -119,11 +119,25 @@ def resolve(text: str, cwd: Path) -> tuple[Job, str]:
     if named:
         others = ", ".join(str(job.run.path) for job in named[1:])
         return named[0], f"{text} is {named[0].run.path}, launched last; also called so: {others}" if others else ""
+    if text.isdigit() and (job := find_by_number(text, jobs)) is not None:
+        return job, ""
     if (
         _is_one_word(text) and (job := read_job(cwd / "runs" / text)) is not None
     ):  # a folder that was renamed, or copied
         return job, ""
     raise UsageError(_not_found(text, cwd, jobs))
+
+
+def find_by_number(number: str, jobs: Iterable[Job]) -> Job | None:
+    """The run of a scheduler's job: one that is known, or one of which the scheduler tells the place."""
+    from dtrain.slurm.owner import slurm_job_id
+    from dtrain.slurm.standing import run_of_number
+
+    for job in jobs:
+        if job.plan.backend == "slurm" and slurm_job_id(job.control) == number:
+            return job
+    place = run_of_number(number)
+    return None if place is None else read_job(place)
 
 
 def _is_one_word(text: str) -> bool:

@@ -86,11 +86,12 @@ WORKER_KEYS = ("global_rank", "local_rank", "node", "host", "pid", "step", "phas
 def documented(status: Mapping[str, Any]) -> dict[str, Any]:
     """The object that scripts may rely on, and nothing beside it."""
     workers = [{key: worker.get(key) for key in WORKER_KEYS} for worker in status["workers"]]
-    return {**status, "workers": workers}
+    return {**{key: value for key, value in status.items() if key != "called"}, "workers": workers}
 
 
 def read_status(job: Job, *, look_for_checkpoint: bool = True) -> dict[str, Any]:
-    """The object of `status --json`, its workers with more. `look_for_checkpoint` False spares the store a listing."""
+    """The object of `status --json`, its workers with more, and `called`, the scheduler's name of the job.
+    `look_for_checkpoint` False spares the store a listing."""
     facts = gather(job)
     derived = derive(facts)
     status = facts.status or {}
@@ -101,6 +102,7 @@ def read_status(job: Job, *, look_for_checkpoint: bool = True) -> dict[str, Any]
         "run_dir": str(job.run.path),
         "backend": job.plan.backend,
         "job_id": job.plan.job_id,
+        "called": job.backend.called(job.plan),
         "state": derived.state,
         "step": status.get("step", 0) if ended_step is None else ended_step,
         "steps": status.get("steps") or job.steps,

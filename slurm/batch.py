@@ -22,8 +22,8 @@ from dtrain.slurm.records import JobRecord
 from dtrain.slurm.script import batch_command, render_script
 from dtrain.slurm.standing import standing
 
-# What the driver takes for the wish to save and end. Sent to the batch script, which is the driver's own process.
-STOP_SIGNAL = "TERM"
+# What the driver takes for the wish to save and end; the batch script is its process. With --full srun would end all.
+_STOP = ("--signal=TERM", "--batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +93,7 @@ class BatchBackend:
                 _scancel("--state=PENDING", job)
             if job.phase == "running":
                 # Where the end is written down there is nothing to save: only its coming back is to be prevented.
-                options = () if _control(plan).ended.exists() else (f"--signal={STOP_SIGNAL}", "--batch")
-                _scancel(*options, job)
+                _scancel(*(() if _control(plan).ended.exists() else _STOP), job)
 
     def kill(self, plan: JobPlan) -> None:
         for job in self._alive(plan):

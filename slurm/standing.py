@@ -115,6 +115,16 @@ def _find_or_abandon(plan: JobPlan, uid: int) -> Standing:
     return _ask_for(plan, uid, 0.0)
 
 
+def run_of_number(number: str) -> Path | None:
+    """The run directory of a Slurm job that `launch` submitted; None where Slurm can't tell."""
+    try:
+        records = parse_scontrol(ask("scontrol", "-o", "show", "job", number))
+    except (SlurmRefused, SlurmUnreachable, UsageError):
+        return None
+    scripts = [Path(job.command) for job in records]
+    return next((path.parents[2] for path in scripts if path.match("control/*/job.sbatch")), None)
+
+
 # ---- how it ended ----
 
 

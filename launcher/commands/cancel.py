@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -17,9 +18,11 @@ from dtrain.launcher.follow import again_command
 from dtrain.launcher.runs import Job, resolve
 from dtrain.launcher.state import read_status
 from dtrain.launcher.submit import end
+from dtrain.runtime.control import ControlError, request
 
 HELP = "Ends a run: its state is saved first, unless it does not answer within the grace. It can be launched again."
 POLL_S = 0.1
+CONTROL_S = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{job.plan.name} is over already: {status['state']} at step {status['step']}")
         return exits.DONE
     write_once(job.control.cancel, b"", mode=0o600)
-    job.backend.stop(job.plan)
+    ask_to_stop(job)
     saving = "it does not run now" if status["state"] in ("pending", "requeued") else "its state is saved first"
     print(f"{job.plan.name}: cancelling, {saving}", flush=True)
     if not _wait_for_end(job, args.grace, time.monotonic):
@@ -56,6 +59,15 @@ def run(args: argparse.Namespace) -> int:
     wait_until_gone(job)
     never_began = status["state"] == "pending" and not job.control.status.exists()
     return _say_how_it_ended(job, "before it began" if never_began else "its nodes died while it was saving")
+
+
+def ask_to_stop(job: Job) -> None:
+    """By the shortest way: its coordinator where it can be reached, which a scheduler's signal is not needed for."""
+    if job.backend.detaches and job.control.status.exists() and not job.control.ended.exists():
+        with contextlib.suppress(ControlError):
+            request(job.plan.run_dir, job.plan.job_id, "stop", timeout_s=CONTROL_S)
+            return
+    job.backend.stop(job.plan)
 
 
 def _wait_for_end(job: Job, grace_s: float, clock: Callable[[], float]) -> bool:

@@ -48,7 +48,7 @@ def view(status: Mapping[str, Any], failure: Mapping[str, Any] | None, *, now: f
         f"{status['name']}: {status['state']}{reason}{seen}",
         f"  step         {status['step']}" + (f" of {status['steps']}" if status["steps"] else ""),
         f"  checkpoint   {checkpoint}",
-        f"  job          {status['job_id']} on {status['backend']}: {layout}",
+        f"  job          {status['job_id']} on {status.get('called') or status['backend']}: {layout}",
         f"  run dir      {status['run_dir']}",
     ]
     lines += [f"  {_worker(worker)}" for worker in status["workers"]]
