@@ -1,32 +1,54 @@
-"""The script of a Slurm job: slurm/job.sbatch filled in. Pure; submitting it is slurm/batch.py's, what happens in the
-job slurm/driver.py's. Nothing in it depends on Slurm's version.
+"""The scripts for sbatch: slurm/job.sbatch filled in for one launch, slurm/train.sbatch for a person to keep. Pure;
+submitting is slurm/submission.py's, what happens in the job slurm/driver.py's. Nothing in them depends on Slurm's
+version.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.nodescript import batch_script
 from dtrain.slurm.options import directive, header_options
 
-_TEMPLATE = Path(__file__).with_name("job.sbatch")
+_FOLDER = Path(__file__).parent
+_PLACE = re.compile(r"@([A-Z]+)@")
+# What a person will want to set, beside what the config asks for already.
+_SUGGESTED = ("partition=NAME", "account=NAME", "time=1-00:00:00", "gres=gpu:4", "cpus-per-task=16", "mem=0")
 
 
 def render_script(plan: JobPlan, command: Sequence[str]) -> str:
     """The text for sbatch. `command` is what it becomes, its Python first: batch_command's, as a rule."""
     setup = () if plan.container else plan.setup  # with a container those lines are for inside it
-    options = "\n".join(directive(option) for option in header_options(plan))
-    before, middle, after = _split(_TEMPLATE.read_text())
-    return before + options + middle + batch_script(plan, command, setup) + after
+    body = batch_script(plan, command, setup).removesuffix("\n")
+    return _fill("job.sbatch", {"OPTIONS": _header(header_options(plan)), "BODY": body})
 
 
-def _split(template: str) -> tuple[str, str, str]:
-    before, _, rest = template.partition("@OPTIONS@")
-    middle, _, after = rest.partition("@BODY@\n")
-    return before, middle, after
+def render_by_hand(plan: JobPlan) -> str:
+    """The text of a script that trains plan.config, or the config that sbatch is given behind it."""
+    options = header_options(plan)
+    asked = {option.partition("=")[0] for option in options}
+    suggested = [f"#{directive(f'--{option}')}" for option in _SUGGESTED if f"--{option.split('=')[0]}" not in asked]
+    texts = {
+        "OPTIONS": "\n".join([_header(options), *suggested]),
+        "SETUP": "".join(f"{line}\n" for line in (() if plan.container else plan.setup)),
+        "PYTHON": shlex.quote(batch_command(plan)[0]),
+        "CONFIG": shlex.quote(plan.config),
+    }
+    return _fill("train.sbatch", texts)
+
+
+def _header(options: Sequence[str]) -> str:
+    return "\n".join(directive(option) for option in options)
+
+
+def _fill(template: str, texts: Mapping[str, str]) -> str:
+    """What stands in a text is no place itself."""
+    return _PLACE.sub(lambda place: texts[place[1]], (_FOLDER / template).read_text())
 
 
 def batch_command(plan: JobPlan) -> tuple[str, ...]:

@@ -60,6 +60,50 @@ def test_it_overwrites_nothing(
     assert (tmp_path / taken).read_text() == "mine"
 
 
+def test_a_script_for_sbatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "new", "--slurm"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("  sbatch new.sbatch")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.sbatch", "new.yaml", "new_parts.py"]
+    (tmp_path / "mine.yaml").write_text(
+        "script: train.py\ncluster: {nodes: 3, setup: [module load x], slurm: {account: lab, time: 90}}\n"
+    )
+    (tmp_path / "train.py").write_text("")
+    assert main(["init", "mine", "--slurm"]) == 0
+    text = (tmp_path / "mine.sbatch").read_text()
+    for line in (
+        "#SBATCH --nodes=3",
+        "#SBATCH --account=lab",
+        "#SBATCH --time=90",
+        "##SBATCH --gres=gpu:4",
+        "module load x",
+    ):
+        assert line in text.splitlines()
+    assert "##SBATCH --account=NAME" not in text
+    assert not (tmp_path / "mine_parts.py").exists()
+    assert main(["init", "mine", "--slurm"]) == 2
+    assert "mine.sbatch exists already" in capsys.readouterr().err
+    assert (tmp_path / "mine.sbatch").read_text() == text
+
+
+def test_a_script_for_sbatch_of_a_config_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("script: train.py\ncluster: {slurm: {time: soon}}\n")
+    assert main(["init", "mine", "--slurm"]) == 2
+    assert "mine.yaml:2: cluster.slurm.time: expects minutes" in capsys.readouterr().err
+    assert not (tmp_path / "mine.sbatch").exists()
+
+
+def test_a_name_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "a\nb", "--slurm"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("stem", "module"),
     [
