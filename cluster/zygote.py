@@ -20,7 +20,7 @@ from dtrain.cluster.jobplan import JobPlan, worker_environ
 # or touches a device. Our own worker is the last fifth of a second.
 PRELOAD = ("torch", "torch.distributed", "torch._dynamo", "dtrain.runtime.worker")
 _MAX_MESSAGE_BYTES = 1 << 17  # within a socket's default buffer
-_FORK_TIMEOUT_S = 10.0
+_FORK_TIMEOUT_S = 10.0  # once the imports are done
 
 
 class ZygoteError(DtrainError):
@@ -52,8 +52,16 @@ class Zygote:
                 start_new_session=True,  # Ctrl-C is the launching process's
             )
 
-    def fork(self, entry: str, argument: Any, *, stdout: int, stderr: int, environ: dict[str, str]) -> int:
-        """The pid of a child that calls `entry` ("module:function") with `argument`. Waits for the imports.
+    def wait_until_ready(self) -> None:
+        """Until the imports are done. Raises ZygoteError."""
+        if not self._ready:
+            self._expect("ready", None)
+
+    def fork(
+        self, entry: str, argument: Any, *, stdout: int, stderr: int, environ: dict[str, str], early: bool = False
+    ) -> int:
+        """The pid of a child that calls `entry` ("module:function") with `argument`. Waits for the imports; `early`:
+        only for the one that is under way, so the child may have to do the others itself.
 
         Raises ZygoteError.
         """
@@ -62,14 +70,13 @@ class Zygote:
         raw = json.dumps(message).encode()
         if len(raw) > _MAX_MESSAGE_BYTES:
             raise ZygoteError(f"a message of {len(raw)} bytes is too long")
-        if not self._ready:
-            self._expect("ready", None)
-            self._ready = True
+        if not early:
+            self.wait_until_ready()
         try:
             socket.send_fds(self._channel, [raw], [stdout, stderr])
         except OSError as error:
             raise ZygoteError(f"can't be reached: {error}") from error
-        return int(self._expect("forked", _FORK_TIMEOUT_S)["pid"])
+        return int(self._expect("forked", _FORK_TIMEOUT_S if self._ready else None)["pid"])
 
     def wait(self, pid: int, timeout_s: float) -> int:
         """The exit code of a fork, negative for a signal. Raises ZygoteError when it is still there."""
@@ -88,6 +95,8 @@ class Zygote:
             if not raw:
                 raise ZygoteError("has ended")
             message: dict[str, Any] = json.loads(raw)
+            if "ready" in message:
+                self._ready = True
             if "exited" in message:
                 self._ended[message["exited"]] = message["status"]
             if kind in message:

@@ -22,7 +22,6 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from dtrain.cluster.errors import Problem
 from dtrain.cluster.nodescript import checking_script
-from dtrain.cluster.secretrefs import file_values
 from dtrain.cluster.zygote import Zygote, ZygoteError
 from dtrain.launcher.bundle import Module
 from dtrain.launcher.scriptcheck import check_script_runs, script_modules
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 _INSTALLED = re.compile(r"/(site|dist)-packages/")
 _MODULE = "dtrain.launcher.targetcheck"
+_EXIT_CODE_S = 60.0  # a zygote's longest import, on a busy machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +74,11 @@ def look_at_targets(
         problems = check_script_runs(script, config.origins, python, sys_path, environ, config.cluster.setup)
         return Checked(problems=problems, modules=() if problems else script_modules(script, sys_path))
     command = _command(python, config.cluster.setup)
-    world = {"sys_path": list(sys_path), "secrets": config.cluster.secrets}
     problems = []
     modules: tuple[Module, ...] = ()
     pending = target_checks(config.run)
     while pending:
-        answer = _ask(command, {**world, "checks": list(map(asdict, pending))}, environ, timeout_s, zygote)
+        answer = _ask(command, pending, sys_path, environ, timeout_s, zygote)
         if answer.refused is not None:
             key, message = answer.refused
             return Checked(problems=[*problems, Problem(where=config.origins.get(key, ""), key=key, message=message)])
@@ -130,11 +129,13 @@ def _command(python: str, setup: Sequence[str]) -> Sequence[str]:
 
 def _ask(
     command: Sequence[str],
-    request: Mapping[str, Any],
+    checks: Sequence[TargetCheck],
+    sys_path: Sequence[str],
     environ: Mapping[str, str],
     timeout_s: float,
     zygote: Zygote | None,
 ) -> _Answer:
+    request = {"sys_path": list(sys_path), "checks": [asdict(check) for check in checks]}
     with tempfile.TemporaryFile() as stderr:
         forked = _run_fork(zygote, request, stderr, timeout_s) if zygote else None
         output, end, timed_out = forked or _run_child(command, json.dumps(request), environ, stderr, timeout_s)
@@ -186,7 +187,7 @@ def _run_fork(
     with open(reading, "rb", buffering=0) as answers:
         try:
             pid = zygote.fork(
-                "dtrain.runtime.zygote:check", argument, stdout=writing, stderr=stderr.fileno(), environ={}
+                "dtrain.runtime.zygote:check", argument, stdout=writing, stderr=stderr.fileno(), environ={}, early=True
             )
         except ZygoteError:
             return None
@@ -195,8 +196,14 @@ def _run_fork(
         output, timed_out = _read_all(answers, time.monotonic() + timeout_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # it leads a session: what the user's modules have started, too
-        code = zygote.wait(pid, 10.0)
+        # How it ended, the zygote tells between its imports: not waited for where nobody asks.
+        code = 0 if _is_complete(output) else zygote.wait(pid, _EXIT_CODE_S)
     return output, f"took longer than {timeout_s:g} s" if timed_out else _ended(code), timed_out
+
+
+def _is_complete(output: bytes) -> bool:
+    """Whether the child has come to its last word."""
+    return output.rstrip(b"\n").rpartition(b"\n")[2].startswith(b'{"modules"')
 
 
 def _read_all(stream: IO[bytes], deadline: float) -> tuple[bytes, bool]:
@@ -246,7 +253,6 @@ def answer(request: Mapping[str, Any]) -> NoReturn:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.pop("PYTHONSAFEPATH", None)
-    os.environ.update(file_values(request["secrets"]))
     sys.path[:0] = request["sys_path"]
     for index, check in enumerate(request["checks"]):
         print(json.dumps({"begun": index}), file=answers, flush=True)

@@ -5,7 +5,8 @@ so that the imports are paid for once. The other end is cluster/zygote.py, in th
 
 Messages are those of runtime/forkserver.py, but
     in    {"fork": index, "entry": "module:function", "argument": ..., "environ": {...}, "cwd": path}, descriptors for
-          stdout and stderr attached; the function is called with the argument and returns the exit code
+          stdout and stderr attached; the function is called with the argument and returns the exit code.
+          What comes before "ready" is answered after the import that is under way
 Its children outlive it.
 """
 

@@ -279,6 +279,35 @@ def test_ctrl_c_during_the_check_starts_nothing(config: Path, tmp_path: Path) ->
     assert not (tmp_path / "runs").exists()
 
 
+SLOW_IMPORT = """
+import sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch._dynamo":
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+"""
+
+
+@pytest.mark.e2e
+def test_ctrl_c_during_the_imports_starts_nothing(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_IMPORT)
+    process = start("--fresh", config, environ={"PYTHONPATH": str(tmp_path / "slow")})
+    assert process.stdout is not None
+    while (line := process.stdout.readline()) != "toy: importing torch ...\n":
+        assert "checking" in line
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+    assert code == 130, said
+    assert said == "toy: interrupted, nothing was started\n"
+    assert read_job(tmp_path / "runs" / "toy") is None
+    assert launch("--fresh", "--dry-run", config) == 0
+    assert f"{tmp_path}/runs/toy\n" in capsys.readouterr().out  # not toy-2: nothing has used it
+
+
 def ended(run: RunDir) -> dict[str, Any]:
     job = read_job(run.path)
     assert job is not None

@@ -108,6 +108,19 @@ def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
     sync = BucketedAllReduce(list(convolution.parameters()))
     sync.zero()
     images = torch.rand(2, 3, 8, 8)  # the gradient that autograd makes for these is not channels last
-    total = torch.nn.functional.conv2d(images, convolution.weight.contiguous(), convolution.bias).sum()
-    total.backward()  # type: ignore[no-untyped-call]
+    output = torch.nn.functional.conv2d(images, convolution.weight.contiguous(), convolution.bias)
+    torch.autograd.backward(output.sum())
     assert convolution.weight.grad.stride() == convolution.weight.stride() != (27, 9, 3, 1)
+
+
+def test_sparse_gradients_add_up_as_dense_ones_do() -> None:
+    """Over two micro-batches, and with nothing left of the step before."""
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    sync = BucketedAllReduce(list(table.parameters()))
+    for rows in ([0, 1, 1], [3]):
+        sync.zero()
+        for factor in (1.0, 2.0):
+            torch.autograd.backward(factor * table(torch.tensor(rows)).sum())
+        counts = torch.bincount(torch.tensor(rows), minlength=5).float()
+        assert table.weight.grad is not None
+        assert torch.equal(table.weight.grad, 3.0 * counts[:, None].expand(5, 2))

@@ -14,10 +14,10 @@ from typing import NoReturn
 
 from dtrain.cluster import exits
 from dtrain.cluster.backends import get_backend
-from dtrain.cluster.errors import ConfigError, DtrainError, UsageError
+from dtrain.cluster.errors import ConfigError, DtrainError, NodeError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
-from dtrain.cluster.zygote import Zygote
+from dtrain.cluster.zygote import Zygote, ZygoteError
 from dtrain.launcher.bundle import Bundle
 from dtrain.launcher.commands.status import view
 from dtrain.launcher.compose import LaunchConfig, load_config
@@ -32,6 +32,9 @@ from dtrain.launcher.storecheck import check_store
 from dtrain.launcher.submit import Settled, gather_code, header, new_job_id, pack_code, record, settle, submit
 from dtrain.launcher.targetcheck import look_at_targets
 from dtrain.launcher.weightcheck import begins_with_weights, check_weights
+from dtrain.runtime.codedir import unpack_code
+
+_UNUSED = frozenset({"control", "code"})  # all that a launch has made when it is interrupted before it starts anything
 
 HELP = "Trains what the config describes, or continues it where its run directory has a checkpoint. Follows the run."
 
@@ -59,24 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.batch:
-        from dtrain.launcher.injob import run_in_job
+    with ExitStack() as held:
+        if args.batch:
+            from dtrain.launcher.injob import run_in_job
 
-        return run_in_job(args, _prepare)
-    outcome = _prepare(args)
-    if isinstance(outcome, int):
-        return outcome
-    job, since = outcome
-    if args.here:
-        from dtrain.launcher.here import train_here
+            return run_in_job(args, lambda args: _prepare(args, held))
+        outcome = _prepare(args, held)
+        if isinstance(outcome, int):
+            return outcome
+        job, since = outcome
+        if args.here:
+            from dtrain.launcher.here import train_here
 
-        return train_here(job, since)
-    return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
+            return train_here(job, since)
+        return _say_detached(job) if args.detach else follow(job, make_screen(job.steps), since)
 
 
-def _prepare(args: argparse.Namespace) -> int | tuple[Job, Bookmark]:
+def _prepare(args: argparse.Namespace, held: ExitStack) -> int | tuple[Job, Bookmark]:
     """From the config to a job that is recorded, and submitted where it is not to run in this process; an exit code
-    where there is nothing to do."""
+    where there is nothing to do. `held`: what is to stay until this command ends."""
     first = _load(args, name=args.name, run_dir=args.run_dir)
     if args.here:
         first = _as_one_rank(args, first)
@@ -92,11 +96,11 @@ def _prepare(args: argparse.Namespace) -> int | tuple[Job, Bookmark]:
         zygote = None if args.here or args.dry_run else get_backend(plan.backend).preload(plan)
         if zygote is not None:
             preloaded.enter_context(zygote)
-        return _submit(args, first, plan, zygote)
+        return _submit(args, first, plan, zygote, held)
 
 
 def _submit(
-    args: argparse.Namespace, first: LaunchConfig, plan: JobPlan, zygote: Zygote | None
+    args: argparse.Namespace, first: LaunchConfig, plan: JobPlan, zygote: Zygote | None, held: ExitStack
 ) -> int | tuple[Job, Bookmark]:
     """An exit code where nothing is to be followed, else the job, and from where on its files tell of it."""
     try:
@@ -106,8 +110,7 @@ def _submit(
             if begins_with_weights(first) and (args.fresh or not _goes_on(args, first, plan)):
                 problems += check_weights(first)
     except KeyboardInterrupt:
-        print(f"{plan.name}: interrupted, nothing was started", file=sys.stderr)
-        return exits.DETACHED
+        return _say_interrupted(plan)
     if problems:
         raise ConfigError(problems)
     code = None if args.here else gather_code(first, plan, checked.modules)
@@ -120,11 +123,31 @@ def _submit(
         since = bookmark(RunDir(plan.run_dir))
         if code is not None:
             plan = pack_code(plan, code)
+        if zygote is not None:
+            try:
+                _prepare_nodes(plan, zygote, held)
+            except KeyboardInterrupt:
+                return _say_interrupted(plan)
         job = record(config, plan)
         print("\n".join(header(plan, settled, code)), flush=True)
         if not (args.here or args.batch):
             submit(job, zygote)
     return job, since
+
+
+def _prepare_nodes(plan: JobPlan, zygote: Zygote, held: ExitStack) -> None:
+    """Unpacks the code for the nodes, which are on this machine, while their imports are still under way. What goes
+    wrong here, the nodes will find and tell."""
+    with contextlib.suppress(NodeError):
+        if (code := unpack_code(plan)) is not None:
+            held.callback(code.held.close)
+    with saying(f"{plan.name}: importing torch ..."), contextlib.suppress(ZygoteError):
+        zygote.wait_until_ready()
+
+
+def _say_interrupted(plan: JobPlan) -> int:
+    print(f"{plan.name}: interrupted, nothing was started", file=sys.stderr)
+    return exits.DETACHED
 
 
 def _as_one_rank(args: argparse.Namespace, asked: LaunchConfig) -> LaunchConfig:
@@ -218,7 +241,7 @@ def _refuse_before_touching(args: argparse.Namespace, config: LaunchConfig, plan
 
 def _is_taken(config: LaunchConfig) -> bool:
     path = Path(config.run_dir)
-    return RunDir(path).job.exists() or (path.is_dir() and any(entry.name != "control" for entry in path.iterdir()))
+    return RunDir(path).job.exists() or (path.is_dir() and any(entry.name not in _UNUSED for entry in path.iterdir()))
 
 
 def _dry_run(plan: JobPlan, settled: Settled, code: Bundle | None) -> int:
