@@ -29,6 +29,7 @@ from dtrain.launcher.pack import pack
 from dtrain.launcher.runs import Job, describe_checkpoint, newest_checkpoint, read_job
 from dtrain.launcher.state import read_status
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo
+from dtrain.slurm.container import has_own_python
 
 ALIVE = frozenset({"pending", "running", "stopping", "requeued", "unknown"})  # refused for that
 OURS = frozenset({"control", "checkpoints", "logs", "code"})  # folders that a run directory may have without a job
@@ -148,7 +149,8 @@ def _origin(plan: JobPlan, settled: Settled) -> str:
 def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) -> Bundle | None:
     """The code that the nodes are to run; None where they use it as it lies. Raises ConfigError for too much of it."""
     asked = config.cluster.code
-    if asked == "live" or (asked == "auto" and plan.kind == "script"):
+    unseen = has_own_python(plan.container, plan.python)  # so it is not known what the targets import
+    if asked == "live" or (asked == "auto" and (plan.kind == "script" or unseen)):
         return None
     scripts = (module.folder for module in modules if plan.kind == "script")
     places = list(dict.fromkeys([*plan.sys_path, *scripts]))

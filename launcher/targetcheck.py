@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from dtrain.cluster.errors import Problem
@@ -27,6 +27,7 @@ from dtrain.launcher.bundle import Module
 from dtrain.launcher.scriptcheck import check_script_runs, script_modules
 from dtrain.runtime.scriptconfig import ScriptRunConfig
 from dtrain.runtime.targetlist import TargetCheck, faults, target_checks
+from dtrain.slurm.container import has_own_python
 
 if TYPE_CHECKING:
     from dtrain.launcher.compose import LaunchConfig
@@ -66,8 +67,13 @@ def look_at_targets(
 ) -> Checked:
     """check_targets, and what was imported on the way.
 
-    A target that takes its child down costs only itself: the ones after it are asked in another child.
+    A target that takes its child down costs only itself: the ones after it are asked in another child. In an image with
+    a Python of its own nobody can look from here; there the workers find what is wrong.
     """
+    if has_own_python(config.cluster.container, python):
+        return Checked(problems=[])
+    if config.cluster.container is not None:  # its setup lines are for inside
+        config = replace(config, cluster=replace(config.cluster, setup=()))
     environ = {**config.cluster.env, **os.environ, "PYTHONSAFEPATH": "1"}  # what was exported wins, as for workers
     if isinstance(config.content, ScriptRunConfig):
         script = config.content.script

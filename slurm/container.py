@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.jobplan import ClusterConfig, JobPlan
+from dtrain.cluster.slurmconfig import ContainerConfig
 
 _IMAGES_OWN = ("/", "/usr", "/usr/local", "/bin", "/lib")  # a host's folder there would hide the image's
 
@@ -62,6 +63,11 @@ def python_folders(python: str) -> tuple[str, ...]:
     libraries = sysconfig.get_paths()
     places = (sys.prefix, sys.base_prefix, sys.exec_prefix, libraries["purelib"], libraries["platlib"], code)
     return tuple(dict.fromkeys(place for place in places if place not in _IMAGES_OWN))
+
+
+def has_own_python(container: ContainerConfig | None, python: str) -> bool:
+    """Whether the agents run a Python of the image, so that nobody can look at it from here."""
+    return container is not None and python != sys.executable
 
 
 def check_container(cluster: ClusterConfig, run_dir: str, checkpoint_url: str) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,10 @@ import pytest
 
 from dtrain.cluster.jobplan import ClusterConfig, JobPlan
 from dtrain.cluster.slurmconfig import ContainerConfig
+from dtrain.launcher.compose import load_config
+from dtrain.launcher.plan import make_plan
+from dtrain.launcher.submit import gather_code
+from dtrain.launcher.targetcheck import look_at_targets
 from dtrain.slurm.container import Wrapping, check_container, mounted, python_folders, wrap
 from dtrain.slurm.steps import step_argv
 
@@ -74,3 +78,21 @@ def test_what_a_container_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
     ((key, message),) = check_container(ClusterConfig(backend="slurm", container=container), "/r", "/c")
     assert key == "cluster.python"
     assert "needs this host's /usr" in message
+
+
+def test_targets_in_an_image_are_not_looked_at_from_here(tmp_path: Path) -> None:
+    """Where the image has a Python of its own, whose packages nobody knows here, the code is used as it lies."""
+    path = tmp_path / "cfg.yaml"
+    path.write_text(
+        "model: {_target_: in_the_image.Model}\n"
+        "loss: in_the_image.loss\n"
+        "optimizer: torch.optim.SGD\n"
+        "train: {steps: 1}\n"
+        "data: {train: in_the_image.Data, batch_size: 1}\n"
+        "cluster:\n"
+        "  {backend: slurm, python: /opt/python, container: {image: a.sif, runtime: apptainer}, setup: ['false']}\n"
+    )
+    config = load_config(path)
+    plan = make_plan(config, job_id="slurm-1", argv=(), cwd=str(tmp_path))
+    assert look_at_targets(config, plan.python, plan.sys_path).problems == []
+    assert gather_code(config, plan, ()) is None
