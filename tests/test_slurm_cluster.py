@@ -50,7 +50,11 @@ def test_a_power_failure_takes_a_node_down_until_it_boots(slurm: SlurmCluster) -
     assert slurm.states()["node3"].startswith("down")
     slurm.boot_node("node3")
     slurm.wait_idle()
-    assert slurm.run("srun", "-wnode3", "hostname").stdout == "node3\n"
+    # From a node, not from here: the others know its new network card.
+    assert slurm.run("srun", "-N4", "hostname").stdout.count("node") == 4
+    job = slurm.submit("-N4", "--output=out", "--wrap", "srun hostname", as_user="nobody")
+    slurm.wait_job(job, "COMPLETED")
+    assert (slurm.home("nobody") / "out").read_text().count("node3") == 1
 
 
 def test_a_job_outlives_its_slurmd_but_not_a_long_cut(slurm: SlurmCluster) -> None:

@@ -168,8 +168,9 @@ class Network:
         assert self.switch is not None
         with contextlib.suppress(RuntimeError):  # of the machine's life before, which the kernel may still be ending
             self._on_switch(f"link delete port{place}")
+        hardware = f"02:d7:00:00:{self.number:02x}:{place:02x}"  # the same at every boot: the others remember it
         self._on_switch(
-            f"link add port{place} type veth peer name eth0 netns {machine.pid}",
+            f"link add port{place} type veth peer name eth0 address {hardware} netns {machine.pid}",
             f"link set port{place} master bridge up",
         )
         _batch(

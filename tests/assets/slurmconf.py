@@ -69,7 +69,8 @@ def render(
     lines = {
         "ClusterName": name,
         "SlurmctldHost": f"ctl({controller})",
-        "AuthInfo": f"socket={root}/run/munge",
+        # A requeued job waits as long as a credential is valid: 120 s by default.
+        "AuthInfo": f"socket={root}/run/munge,cred_expire=8",
         "StateSaveLocation": f"{root}/state",
         "SlurmdSpoolDir": f"{root}/spool/%n",
         "SlurmctldPidFile": f"{root}/run/slurmctld.pid",
