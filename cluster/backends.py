@@ -81,9 +81,11 @@ class Backend(Protocol):
         """The one, of the calling node, at which the other nodes reach it. Raises UsageError."""
 
 
+IN_ALLOCATION = "slurm-allocation"  # `launch` inside of one; no config names it
 _BACKENDS = {
     "local": "dtrain.cluster.local:LocalBackend",
     "slurm": "dtrain.slurm.batch:BatchBackend",
+    IN_ALLOCATION: "dtrain.slurm.allocation:AllocationBackend",
 }
 
 

@@ -20,7 +20,6 @@ from dtrain.slurm.jobenv import step_environ
 from dtrain.slurm.options import srun_options
 from dtrain.slurm.records import parse_scontrol
 
-STEP_NAME = "dtrain"
 _SILENCE_S = 5.0  # of the coordinator, which writes its status every second
 _LOOK_S = 5.0  # between two questions to Slurm
 
@@ -79,7 +78,7 @@ def step_argv(
         "--input=none",
         "--export=ALL",
         *(("--overlap",) if overlap else ()),
-        f"--job-name={STEP_NAME}",
+        f"--job-name={plan.job_id}",  # by it Slurm's list of steps tells ours from others
         *srun_options(plan.slurm),
         *container.srun,
         *container.before,
@@ -112,6 +111,16 @@ def is_over(slurm_job_id: str) -> bool:
     return all(record.phase in ("over", "completing") for record in records)
 
 
+def list_steps(plan: JobPlan, slurm_job_id: str) -> list[str]:
+    """Slurm's numbers, like 17.0, of the job's steps that are not over. Raises SlurmUnreachable."""
+    try:
+        said = ask("squeue", "--noheader", "--steps", f"--jobs={slurm_job_id}", "--format=%i %j")
+    except SlurmRefused:
+        return []
+    rows = [line.split() for line in said.splitlines()]
+    return [row[0] for row in rows if row[1:] == [plan.job_id]]
+
+
 def last_words(log: Path, offset_bytes: int, lines: int = 4) -> list[str]:
     """The end of what srun has said since, without what every step says."""
     with open(log, "rb") as file:
@@ -125,6 +134,7 @@ class Traces:
     lists the steps of a job. Where Slurm does not answer they may."""
 
     def __init__(self, plan: JobPlan, slurm_job_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._plan = plan
         self._status = RunDir(plan.run_dir).control(plan.job_id).status
         self._job = slurm_job_id
         self._clock = clock
@@ -149,9 +159,6 @@ class Traces:
 
     def _is_listed(self) -> bool:
         try:
-            said = ask("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%j")
-        except SlurmRefused:
-            return False
+            return bool(list_steps(self._plan, self._job))
         except SlurmUnreachable:
             return True
-        return STEP_NAME in said.split()

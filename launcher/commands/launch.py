@@ -9,11 +9,13 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from dtrain.cluster import exits
-from dtrain.cluster.backends import get_backend
+from dtrain.cluster.backends import IN_ALLOCATION, get_backend
+from dtrain.cluster.configfile import DEFAULT
 from dtrain.cluster.errors import ConfigError, DtrainError, NodeError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
@@ -23,6 +25,7 @@ from dtrain.launcher.commands.status import view
 from dtrain.launcher.compose import LaunchConfig, load_config
 from dtrain.launcher.console import plural
 from dtrain.launcher.follow import Bookmark, bookmark, follow
+from dtrain.launcher.inside import fit
 from dtrain.launcher.lease import Busy, launching
 from dtrain.launcher.plan import make_plan
 from dtrain.launcher.runs import Job, read_job
@@ -33,6 +36,8 @@ from dtrain.launcher.submit import Settled, gather_code, header, new_job_id, pac
 from dtrain.launcher.targetcheck import look_at_targets
 from dtrain.launcher.weightcheck import begins_with_weights, check_weights
 from dtrain.runtime.codedir import unpack_code
+from dtrain.slurm.allocation import with_gpus
+from dtrain.slurm.jobenv import SlurmJob, slurm_job
 
 _UNUSED = frozenset({"control", "code"})  # all that a launch has made when it is interrupted before it starts anything
 
@@ -58,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", action="store_true", help=argparse.SUPPRESS)  # what the script of a Slurm job calls
     parser.add_argument("--job-id", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--submit", action="store_true", help="inside a Slurm allocation: submit a job of its own instead of using it"
+    )
     parser.add_argument("--here", action="store_true", help="one rank in this process and terminal; breakpoint() works")
+    parser.set_defaults(allocation=None)  # the Slurm allocation that is used
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,12 +93,14 @@ def _prepare(args: argparse.Namespace, held: ExitStack) -> int | tuple[Job, Book
     first = _load(args, name=args.name, run_dir=args.run_dir)
     if args.here:
         first = _as_one_rank(args, first)
+    elif (allocation := _allocation(args, first)) is not None:
+        first = _in_allocation(args, first, allocation)
     plan = _plan(args, first)
     if not args.dry_run:
         check_store(first)
     if (settled := _known_by_its_files(args, first, plan)) is not None:
         return _say_nothing_to_do(plan, settled)
-    if not (args.dry_run or args.here):
+    if not (args.dry_run or args.here or args.batch):
         get_backend(plan.backend).check(plan)
     with ExitStack() as preloaded:
         # It imports torch while everything is being checked; should nothing come of it, it goes without a trace.
@@ -161,6 +172,20 @@ def _as_one_rank(args: argparse.Namespace, asked: LaunchConfig) -> LaunchConfig:
     return _load(args, name=args.name, run_dir=args.run_dir)
 
 
+def _allocation(args: argparse.Namespace, asked: LaunchConfig) -> SlurmJob | None:
+    """The Slurm allocation that the nodes are to be started in, where there is one and nothing else is asked for."""
+    wanted = asked.cluster.backend == "slurm" or asked.origins["cluster.backend"] == DEFAULT
+    return slurm_job(os.environ) if wanted and not (args.submit or args.batch) else None
+
+
+def _in_allocation(args: argparse.Namespace, asked: LaunchConfig, allocation: SlurmJob) -> LaunchConfig:
+    """The config with the allocation's shape, here and in every later look at it."""
+    fitted = fit(asked.cluster, asked.origins, with_gpus(allocation), whole=False)
+    args.nodes, args.backend, args.overrides = fitted.nodes, "slurm", [*args.overrides, *fitted.overrides]
+    args.allocation = allocation
+    return _load(args, name=args.name, run_dir=args.run_dir)
+
+
 def _known_by_its_files(args: argparse.Namespace, config: LaunchConfig, plan: JobPlan) -> Settled | None:
     """A run that is done or alive, which needs no look at the targets. What else speaks against the launch is said
     after that look, so that all problems of a config come at once."""
@@ -201,7 +226,8 @@ def _load(args: argparse.Namespace, *, name: str | None, run_dir: str | None) ->
 
 def _plan(args: argparse.Namespace, config: LaunchConfig) -> JobPlan:
     job_id = new_job_id("here" if args.here else config.cluster.backend)
-    return make_plan(config, job_id=job_id, argv=args.argv, cwd=os.getcwd())
+    plan = make_plan(config, job_id=job_id, argv=args.argv, cwd=os.getcwd())
+    return plan if args.allocation is None else replace(plan, backend=IN_ALLOCATION)
 
 
 def _claim(args: argparse.Namespace, first: LaunchConfig, lease: ExitStack) -> tuple[LaunchConfig, JobPlan, Settled]:
