@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.procs import EARLY_STOP, STOP_SIGNALS
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.version import VERSION
 
@@ -30,6 +31,10 @@ if VERSION != sys.argv[1]:
 _REFUSE_ON_NODE = r"""
 dtrain_refuse() {  # $1: the key of the config, $2: why
   trap - EXIT
+  if [ -n "${DTRAIN_EARLY_STOP-}" ]; then  # a stop has come, which may be what broke it
+    [ -z "${dtrain_stop-}" ] || echo "a stop before the node was prepared" >"$dtrain_stop"
+    exit 85
+  fi
   local why="$dtrain_where ($HOSTNAME): $2" now
   printf -v now '%(%s)T' -1
   echo "$why" >&2
@@ -69,13 +74,21 @@ dtrain_said=$("$dtrain_python" -c "$dtrain_probe" "$dtrain_version" 2>&1 </dev/n
 """
 
 
-def node_script(plan: JobPlan, agent_argv: Sequence[str]) -> str:
+# A scheduler's signal that comes before Python runs is kept for it. Children get theirs as usual, and may die of it.
+_KEEP_STOPS = [f"trap 'export {EARLY_STOP}={number.name}' {number.name}" for number in STOP_SIGNALS]
+_DEAF = f"trap '' {' '.join(number.name for number in STOP_SIGNALS)}  # until Python has handlers of its own"
+
+
+def node_script(plan: JobPlan, agent_argv: Sequence[str], *, stop: str = "") -> str:
     """A bash script, started with the node's rank, that prepares the node and becomes the agent: `agent_argv` and the
-    rank behind it."""
+    rank behind it. `stop`: where a scheduler's signals may come from the first moment on, the file to put for one that
+    broke the preparation."""
     lines = [
         "dtrain_node=$1",
+        *([*_KEEP_STOPS, f"dtrain_stop={shlex.quote(stop)}"] if stop else ()),
         *_records(plan, 'dtrain_where="node $dtrain_node"'),
         *_preparation(_REFUSE_ON_NODE, plan.setup, plan.python),
+        *([_DEAF] if stop else ()),
     ]
     return "\n".join([*lines, f'exec {shlex.join(agent_argv)} "$dtrain_node"']) + "\n"
 
@@ -83,9 +96,11 @@ def node_script(plan: JobPlan, agent_argv: Sequence[str]) -> str:
 def batch_script(plan: JobPlan, argv: Sequence[str], setup: Sequence[str]) -> str:
     """The same preparation on the host that a scheduler runs a job's script on, which then becomes `argv`."""
     lines = [
+        *_KEEP_STOPS,
         *_records(plan, 'dtrain_where="job ${SLURM_JOB_ID-}"'),
         f"cd {shlex.quote(plan.cwd)} || exit 93",
         *_preparation(_REFUSE_ON_NODE, setup, argv[0]),
+        _DEAF,
     ]
     return "\n".join([*lines, f"exec {shlex.join(argv)}"]) + "\n"
 

@@ -127,6 +127,17 @@ def clear_session(session: int, spare: frozenset[int]) -> None:
 
 _STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
 
+# By which schedulers and their users ask a job to save and end: those of sbatch --signal, and what a limit sends.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+EARLY_STOP = "DTRAIN_EARLY_STOP"  # the name of one that came before Python ran: cluster/nodescript.py
+
+
+def ignore_bystanders() -> None:
+    """A scheduler signals every process of a job; of these signals only agents make a stop, and nobody dies of one."""
+    for number in (signal.SIGUSR2, signal.SIGXCPU):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.SIG_IGN)
+
 
 def unblock_stops() -> None:
     """From here on SIGTERM and SIGINT arrive, also those that have waited."""

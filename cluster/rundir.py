@@ -50,10 +50,16 @@ class Control:
         self.status = path / "status.json"  # the coordinator's newest view, replaced atomically about once a second
         self.cancel = path / "cancel"  # exists: the person wants the run cancelled, not stopped
         self.incarnation = path / "incarnation"  # a number, where a scheduler may start the job more than once
+        self.note = path / "note"  # a line for `status`, by a back end: what the job goes on without, and why
         self.ended = path / "ended.json"  # {"state", "exit_code", "reason", "step", "at"}; put once, by the coordinator
 
     def coordinator(self, term: int) -> Path:
         return self.path / f"coordinator-{term:04d}.json"
+
+    def stop(self, incarnation: int) -> Path:
+        """Exists: this start of the job is to save and end, for the reason that it holds. A back end's driver puts it,
+        for the times in which nobody listens on the control port."""
+        return self.path / f"stop-{incarnation:04d}"
 
     def node(self, node_rank: int) -> Path:
         return self.path / f"node-{node_rank}.json"

@@ -24,7 +24,7 @@ from dtrain.cluster.devices import usable_cores
 from dtrain.cluster.errors import DtrainError, NodeError, UsageError
 from dtrain.cluster.jobplan import JobPlan, with_threads, worker_environ
 from dtrain.cluster.ports import listening_socket
-from dtrain.cluster.procs import ProcessId, set_process_name, unblock_stops
+from dtrain.cluster.procs import EARLY_STOP, STOP_SIGNALS, ProcessId, set_process_name, unblock_stops
 from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
 from dtrain.cluster.storage import open_storage
 from dtrain.runtime.channel import Channel, connect
@@ -69,9 +69,11 @@ class Agent:
     async def run(self) -> int:
         """The exit code of the job, or 1 for a node in whose place another was started."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT, *STOP_SIGNALS):
             loop.add_signal_handler(number, self._stop_signal, number)
         unblock_stops()
+        if came := os.environ.pop(EARLY_STOP, None):
+            self._stop_signal(signal.Signals[came])
         watch = asyncio.create_task(self._watch_control())
         try:
             return await self._take_part()
@@ -319,7 +321,9 @@ class Agent:
             self._channel.send({**message, "attempt": self._attempt})
 
     def _stop_signal(self, number: signal.Signals) -> None:
-        self._stop_count += 1
+        if number in (signal.SIGTERM, signal.SIGINT) and not self._job.backend.detaches:
+            self._stop_count += 1  # by a person, who may lose patience; a scheduler repeats itself
+        self._stop_count = max(1, self._stop_count)
         _say(f"{number.name}: asking the job to stop")
         self._tell_stop()
 

@@ -24,6 +24,7 @@ class AttemptLog:
     reached: int = 0
     done: int = 0
     committed: int = 0
+    slowest_save_s: float = 0.0
     stopped_early: str = ""
 
     def apply(self, node: int, message: dict[str, Any]) -> None:
@@ -47,6 +48,7 @@ class AttemptLog:
                 self._exited(node, message)
             case "event" if message["event"].get("type") == "checkpoint_committed":
                 self.committed = max(self.committed, int(message["event"].get("step", 0)))
+                self.slowest_save_s = max(self.slowest_save_s, float(message["event"].get("seconds", 0.0)))
             case "event" if message["event"].get("type") == "stopped_early":
                 self.stopped_early = str(message["event"].get("reason", ""))
             case "killed":

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from dtrain.cluster.procs import die_with_parent, set_process_name, unblock_stops
+from dtrain.cluster.procs import die_with_parent, ignore_bystanders, set_process_name, unblock_stops
 from dtrain.cluster.rundir import RunDir, read_json
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.cpus import slice_of_cores
@@ -81,6 +81,7 @@ def run_worker(spec: WorkerSpec, fds: WorkerFds, parent: int) -> int:
     """Becomes the worker; the exit code. The caller ends the process with `leave`."""
     die_with_parent(parent)
     stop_flag()
+    ignore_bystanders()
     unblock_stops()
     _take_streams(fds)
     env = replace(

@@ -115,11 +115,11 @@ class Coordinator:
         """The job from here to its end, as a sequence of attempts."""
         decision = await self._settle_interrupted() if self._memory.running else None
         while decision is None or decision.state is None:
-            problem = await self._gather()
+            impossible = await self._gather()
             if self._memory.stop is not None:
                 return stopped(self._memory)
-            if problem:
-                return Decision(memory=self._memory, state="failed", exit_code=exits.FAILED, reason=problem)
+            if impossible is not None:
+                return impossible
             attempt = await self._begin()
             if attempt is None:
                 return stopped(self._memory)
@@ -142,24 +142,44 @@ class Coordinator:
         self._event("node_lost", node=node, reason=text)
         return self._conclude(log)
 
-    async def _gather(self) -> str:
-        """Waits until every node is here, replacing those that are not; a problem where one can't be had."""
+    async def _gather(self) -> Decision | None:
+        """Waits until every node is here, replacing those that are not; how the job ends where one can't be had."""
         while len(self._roster.members) < self._plan.nodes or not self._roster.inbox.empty():
             if self._memory.stop is not None:
-                return ""
+                return None
             if self._control.ended.exists():
-                return "a node that can't take part has ended the job"  # its own words are in that file, and stay
+                return self._failed("a node that can't take part has ended the job")  # its own words stay in that file
             await self._next(0.05)
-            for node in set(range(self._plan.nodes)) - self._roster.members.keys():
-                if self._is_due(node):
-                    self._check_term()
-                    self._starts[node] = self._starts.get(node, 0) + 1
-                    if self._starts[node] > _MAX_STARTS:
-                        return f"node {node} did not join after {_MAX_STARTS} starts; see logs/agent-{node}.log"
-                    if self._job.backend.start_node(self._plan, node):
-                        print(f"node {node} is started again", file=sys.stderr)
-                    self._missing_since[node] = time.monotonic()
-        return ""
+            due = [n for n in range(self._plan.nodes) if n not in self._roster.members and self._is_due(n)]
+            if due:
+                self._check_term()
+            for problem in await asyncio.gather(*map(self._start_again, due)):
+                if problem is not None:
+                    return problem
+        return None
+
+    async def _start_again(self, node: int) -> Decision | None:
+        """How the job ends where the node can't be started."""
+        self._starts[node] = self._starts.get(node, 0) + 1
+        if self._starts[node] > _MAX_STARTS:
+            reason = f"node {node} did not join after {_MAX_STARTS} starts; see logs/agent-{node}.log"
+            return self._without(node, reason) or self._failed(reason)
+        started = await in_background(lambda: self._job.backend.start_node(self._plan, node))
+        self._missing_since[node] = time.monotonic()
+        if started:
+            print(f"node {node} is started again", file=sys.stderr)
+            return None
+        return self._without(node, f"node {node} can't be reached")
+
+    def _without(self, node: int, reason: str) -> Decision | None:
+        """The job stops where its back end starts it anew without the node."""
+        if node in self._roster.members or not self._job.backend.give_back(self._plan, [node], reason):
+            return None
+        reason = f"{reason}; the job is started anew without it"
+        return Decision(memory=self._memory, state="stopped", exit_code=exits.STOPPED, reason=reason)
+
+    def _failed(self, reason: str) -> Decision:
+        return Decision(memory=self._memory, state="failed", exit_code=exits.FAILED, reason=reason)
 
     def _is_due(self, node: int) -> bool:
         """Whether a missing node is to be started again: at once when its process is known to be dead."""
@@ -211,7 +231,7 @@ class Coordinator:
             if log.failed:
                 decide_at = min(decide_at, now + self._job.timings.evidence_s)
             if (self._memory.stop is not None or exits.STOPPED in log.codes.values()) and stop_at == float("inf"):
-                stop_at = now + self._job.timings.stop_s
+                stop_at = now + max(self._job.timings.stop_s, 3 * log.slowest_save_s + 15.0)
                 if not begun:
                     break
                 self._roster.broadcast({"op": "stop", "attempt": attempt.number})
@@ -354,6 +374,14 @@ class Coordinator:
             self._status.state = "stopping"
             self._event("stopping", reason="cancelled by a person" if cancelled else str(message["reason"]))
 
+    def _look_for_stop(self) -> None:
+        """What a back end's driver has put down, which may not know where this port is."""
+        stop = self._control.stop(self._job.incarnation)
+        if self._memory.stop is None and stop.exists():
+            with contextlib.suppress(OSError):
+                message = {"op": "stop_requested", "reason": stop.read_text()}
+                self._roster.inbox.put_nowait((NOBODY, message))
+
     async def _answer_client(self, message: Message) -> Message:
         match message.get("op"):
             case "status":
@@ -370,6 +398,7 @@ class Coordinator:
         missing = 0
         while True:
             await self._save_status()
+            self._look_for_stop()
             missing = 0 if is_there(self._control) else missing + 1
             if self._is_deposed() or missing >= _GONE_LOOKS:
                 self._roster.inbox.put_nowait((NOBODY, {"op": "deposed"}))

@@ -29,7 +29,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from dtrain.cluster.procs import die_with_parent, set_process_name, stops_blocked, unblock_stops
+from dtrain.cluster.procs import STOP_SIGNALS, die_with_parent, set_process_name, stops_blocked, unblock_stops
 from dtrain.runtime.childproc import WorkerFds, WorkerSpec, leave, run_worker
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -159,8 +159,8 @@ def become_warm_parent(parent: int, name: str) -> None:
     die_with_parent(parent)
     set_process_name(name)
     # A scheduler may signal every process of a job; to stop is the agent's decision.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
     unblock_stops()  # what is blocked here would be blocked in every worker
 
 

@@ -27,7 +27,7 @@ class JobStatus:
         self._attempt = 0
         self._done = 0  # the newest finished step as of the last look
         self.state = "pending"
-        self.reason: str | None = None
+        self.reason: str | None = (control.note.read_text() if control.note.exists() else "") or None
         self.checkpoint: int | None = None
 
     def begin(self, attempt: Attempt) -> None:

@@ -17,17 +17,20 @@ from types import FrameType
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.procs import ProcessId
+from dtrain.cluster.procs import EARLY_STOP, STOP_SIGNALS, ProcessId
 from dtrain.cluster.rundir import Control, RunDir, append_event, read_json, write_atomic, write_once
+from dtrain.slurm import badnodes
 from dtrain.slurm import owner as owners
 from dtrain.slurm.deaths import count_death
+from dtrain.slurm.ending import conclude
 from dtrain.slurm.jobenv import SlurmJob, slurm_job
 from dtrain.slurm.owner import Owner
 from dtrain.slurm.steps import Traces, last_words, srun_log, start_step, step_argv, write_script
+from dtrain.slurm.stopping import Stopper
 
 _POLL_S = 0.5
 _AGAIN_S = 3.0  # times the deaths so far, before the agents are started again
-_LEAVE_S = 30.0  # for agents to leave after the job's end
+_LEAVE_S = 10.0  # for agents to leave after the job's end
 
 
 @dataclass(slots=True)
@@ -38,12 +41,13 @@ class Signals:
 
     @staticmethod
     def watch() -> Signals:
-        signals = Signals([])
+        early = os.environ.pop(EARLY_STOP, None)
+        signals = Signals([early] if early else [])
 
         def note(number: int, frame: FrameType | None) -> None:
             signals.seen.append(signal.Signals(number).name)
 
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP):
+        for number in (*STOP_SIGNALS, signal.SIGHUP):
             signal.signal(number, note)
         return signals
 
@@ -67,9 +71,9 @@ def drive(plan: JobPlan, agent_args: tuple[str, ...] = (), environ: Mapping[str,
         raise UsageError(f"{plan.run_dir}: another Slurm job has just taken this run")
     if (code := begin(plan, owner)) is not None:
         return code
-    agent_args = (*agent_args, "--incarnation", str(owner.number))
-    write_script(plan, agent_args)
-    return _Step(plan, here, owner, signals, environ).run()
+    write_script(plan, agent_args, owner.number)
+    stopper = Stopper(plan, owner.slurm_job_id, owner.number, signals.seen)
+    return conclude(plan, owner, _Step(plan, here, owner, stopper, environ).run())
 
 
 def begin(plan: JobPlan, owner: Owner) -> int | None:
@@ -84,6 +88,7 @@ def begin(plan: JobPlan, owner: Owner) -> int | None:
         os.replace(control.ended, control.path / f"ended-{owner.number - 1:04d}.json")
     for record in control.path.glob("node-*.json"):
         record.unlink()  # whoever serves a node from now on puts itself down anew
+    write_atomic(control.note, badnodes.note_text(badnodes.bad_nodes(control)), 0o600)
     if owner.number > 1:
         _forget_stop(control)
         append_event(run, "requeued", restart=owner.restart, slurm_job_id=owner.slurm_job_id)
@@ -103,12 +108,12 @@ class _Step:
     """The agents of one incarnation: started by srun, again where all of them die, until the job has ended."""
 
     def __init__(
-        self, plan: JobPlan, here: SlurmJob, owner: Owner, signals: Signals, environ: Mapping[str, str]
+        self, plan: JobPlan, here: SlurmJob, owner: Owner, stopper: Stopper, environ: Mapping[str, str]
     ) -> None:
         self._plan = plan
         self._here = here
         self._owner = owner
-        self._signals = signals
+        self._stopper = stopper
         self._environ = environ
         self._control = RunDir(plan.run_dir).control(plan.job_id)
         self._log = srun_log(plan)
@@ -122,7 +127,7 @@ class _Step:
                 return int(ended["exit_code"])
             words = "; ".join(last_words(self._log, said_before)) or "srun said nothing"
             print(f"every agent is gone, and none could say why: {words}", file=sys.stderr, flush=True)
-            if self._signals.seen:
+            if self._stopper.asked:
                 return exits.STOPPED
             deaths = count_death(self._control)
             if deaths > self._plan.max_restarts_without_progress:
@@ -137,6 +142,7 @@ class _Step:
         traces = Traces(self._plan, self._here.id)
         ended_at = None
         while srun.liveness() == "alive" or (ended_at is None and traces.agents_may_live()):
+            self._stopper.poll()
             if ended_at is None and self._control.ended.exists():
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() - ended_at > _LEAVE_S:

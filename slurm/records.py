@@ -73,6 +73,8 @@ class JobRecord:
     submitted_at: float | None = None
     starts_at: float | None = None  # expected, for one that waits
     ends_at: float | None = None  # by its time limit, for one that runs
+    preempted_at: float | None = None  # since when it is being pushed out, until it starts again
+    excluded: str = ""  # nodes that it must not have, a host list
     array_job_id: int | None = None
     het_job_id: int | None = None
     het_offset: int | None = None
@@ -140,6 +142,8 @@ def _job_record(text: str) -> JobRecord | None:
         submitted_at=seconds(words.get("SubmitTime", "")),
         starts_at=seconds(words.get("StartTime", "")),
         ends_at=seconds(words.get("EndTime", "")),
+        preempted_at=seconds(words.get("PreemptTime", "")),
+        excluded=_present(words, "ExcNodeList"),
         array_job_id=_optional(ids, "ArrayJobId"),
         het_job_id=_optional(ids, "HetJobId"),
         het_offset=_optional(ids, "HetJobOffset"),

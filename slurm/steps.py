@@ -26,7 +26,7 @@ _LOOK_S = 5.0  # between two questions to Slurm
 # srun answers SIGTERM by killing the step at once (22.05), where Slurm wants it to save and end; and which processes of
 # a job get that signal differs by Slurm's way of tracking them. So a shell that is deaf to it stands above srun, in a
 # session of its own. What it says at the end is srun's exit code.
-_DETACHED = 'trap "" HUP INT TERM; ("$@"; echo "srun ended with $?") </dev/null >>"$0" 2>&1 & echo $!'
+_DETACHED = 'trap "" HUP INT TERM USR1 USR2 XCPU; ("$@"; echo "srun ended with $?") </dev/null >>"$0" 2>&1 & echo $!'
 
 
 def script_path(plan: JobPlan) -> Path:
@@ -37,12 +37,14 @@ def srun_log(plan: JobPlan) -> Path:
     return RunDir(plan.run_dir).path / "logs" / "srun.log"
 
 
-def write_script(plan: JobPlan, agent_args: Sequence[str]) -> None:
+def write_script(plan: JobPlan, agent_args: Sequence[str], incarnation: int) -> None:
     """What each task runs: `node.sh [NODE_RANK]`; without one the task's place in its step is the node's rank."""
-    write_atomic(script_path(plan), agent_script(plan, agent_args), 0o600)
+    stop = RunDir(plan.run_dir).control(plan.job_id).stop(incarnation)
+    agent_args = (*agent_args, "--incarnation", str(incarnation))
+    write_atomic(script_path(plan), agent_script(plan, agent_args, stop=str(stop)), 0o600)
 
 
-def agent_script(plan: JobPlan, agent_args: Sequence[str]) -> str:
+def agent_script(plan: JobPlan, agent_args: Sequence[str], *, stop: str = "") -> str:
     # -P: a folder `dtrain` in the working directory must not shadow the installed package.
     where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id)
     agent = (plan.python, "-P", "-m", "dtrain.runtime.agent", *where, *agent_args, "--node-rank")
@@ -52,7 +54,7 @@ def agent_script(plan: JobPlan, agent_args: Sequence[str]) -> str:
         f"exec >>{shlex.quote(str(logs))}/agent-$1.log 2>&1 </dev/null\n"
         f"cd {shlex.quote(plan.cwd)} 2>/dev/null || cd /\n"
     )
-    return first + node_script(plan, agent)
+    return first + node_script(plan, agent, stop=stop)
 
 
 def step_argv(

@@ -48,6 +48,7 @@ def test_a_running_job_of_20_11() -> None:
         job_id=10804568, name="bytes-gpt", user="ada", state="RUNNING", partition="gpu", may_requeue=False,
         nodes="gpu[01-02,04-05]", num_nodes=4, batch_host="gpu01",
         command=f"{run}/control/slurm-20210809-143015-1a2b/job.sbatch", stdout=f"{run}/logs/slurm-10804568.log",
+        excluded="gpu[03,07]",
         submitted_at=1628519417.0, starts_at=1628519418.0, ends_at=1628692218.0,
     )  # fmt: skip
 
