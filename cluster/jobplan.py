@@ -46,8 +46,9 @@ class ClusterConfig:
     secrets: tuple[str, ...] = field(
         default=(),
         metadata={
-            "doc": "names of exported variables that workers need and nobody may read: their values reach the workers, "
-            "but no file, command line or log of dtrain"
+            "doc": "variables that workers need and nobody may read: NAME, which you have exported, or "
+            "NAME=file:PATH, read from a file on each node at every start; the values reach the workers, but no file, "
+            "command line or log of dtrain"
         },
     )
     setup: tuple[str, ...] = field(
@@ -104,7 +105,7 @@ class JobPlan:
     max_restarts_without_progress: int
     kind: Literal["model", "script"] = "model"  # what the workers run: our trainer, or the user's script
     setup: tuple[str, ...] = ()  # lines of bash
-    secrets: tuple[str, ...] = ()  # names; the values come by the back end's own way
+    secrets: tuple[str, ...] = ()  # entries of cluster.secrets: cluster/secretrefs.py; never a value
     interface: str = "auto"
     port_range: tuple[int, int] | None = None  # first and last
     version: str = VERSION  # of the submitting dtrain

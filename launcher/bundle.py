@@ -70,7 +70,7 @@ class Bundle:
 def collect(places: Sequence[str], modules: Sequence[Module], exclude: Sequence[str]) -> Bundle:
     """The code of `places` (absolute folders, the config's first) and of those `modules` that lie in them.
 
-    `exclude`: folders that are no code wherever they are, such as the run directory.
+    `exclude`: folders that are no code wherever they are, such as the run directory; files with secrets.
     """
     git_roots = {place: _git_root(place) for place in places}
     roots: dict[str, str | None] = {}  # root -> None, or the git tree's root
@@ -186,7 +186,7 @@ def _tree(root: str, folder: str, git: bool, names: Iterable[str], exclude: Sequ
         num_bytes = _packed_size(root, name)
         if num_bytes < 0:
             continue
-        if _matches(parts[-1], _SECRETS) and not _matches(parts[-1], _NOT_SECRET):
+        if name in outside or (_matches(parts[-1], _SECRETS) and not _matches(parts[-1], _NOT_SECRET)):
             secrets.append(name)
         else:
             sizes[name] = num_bytes

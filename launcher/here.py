@@ -22,6 +22,7 @@ from typing import Any
 from dtrain.cluster import exits
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import RunDir, append_event, read_jsonl, write_atomic
+from dtrain.cluster.secretrefs import file_values
 from dtrain.cluster.storage import open_storage
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.launcher.console import outcome_lines
@@ -59,6 +60,7 @@ def _prepare_process(job: Job) -> None:
     sys.path[:0] = [path for path in plan.sys_path if path not in sys.path]
     for key, value in {**plan.env, "OMP_NUM_THREADS": str(plan.threads_per_proc)}.items():
         os.environ.setdefault(key, value)
+    os.environ.update(file_values(plan.secrets))
 
 
 def _worker_env(job: Job, attempt: Attempt, report_fd: int) -> WorkerEnv:

@@ -4,6 +4,7 @@ ports. On the local back end this machine is every node, so that what it lacks i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,9 +15,9 @@ from dtrain.cluster.configfile import Node, nearest, walk
 from dtrain.cluster.errors import Problem, UsageError
 from dtrain.cluster.interfaces import list_interfaces, network_of, pick
 from dtrain.cluster.jobplan import ClusterConfig
+from dtrain.cluster.secretrefs import Secret, file_values, parse_secret, secret_values
 
 Found = Iterator[tuple[str, str]]  # key, message
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _BASH_TIMEOUT_S = 10
 _MIN_LEAK_CHARS = 6  # shorter values are in ordinary text by accident
 
@@ -31,17 +32,37 @@ def check_nodes(cluster: ClusterConfig) -> Found:
 
 
 def _secrets(cluster: ClusterConfig, environ: Mapping[str, str]) -> Found:
-    for index, name in enumerate(cluster.secrets):
+    for index, entry in enumerate(cluster.secrets):
         key = f"cluster.secrets.{index}"
-        if not _VARIABLE.fullmatch(name):
+        secret = parse_secret(entry)
+        if secret is None:
             # Not repeated: who took `secrets` for a place for values has written one there.
-            yield key, "expects the name of an environment variable, not its value. For example: WANDB_API_KEY"
-        elif name in cluster.env:
+            yield (
+                key,
+                "expects the name of an environment variable, not its value. For example: WANDB_API_KEY, or with a "
+                "file that holds the value: WANDB_API_KEY=file:~/.wandb-key",
+            )
+            continue
+        name = secret.name
+        if name in cluster.env:
             yield key, f"{name} is in cluster.env too, which everybody can read. Leave it out there, and export it."
+        elif secret.path is not None:
+            yield from ((key, message) for message in _file_problems(secret, entry))
         elif not environ.get(name):
             near = nearest(name, environ, cutoff=0.8)
             hint = f" Did you mean {near}?" if near else ""
             yield key, f"{name} is not set here, so it can't reach the workers. Export it, or leave it out.{hint}"
+
+
+def _file_problems(secret: Secret, entry: str) -> Iterator[str]:
+    path = str(secret.path)
+    if not path.startswith(("/", "~/")):
+        yield f"{path} depends on the folder that one is in. Write a path that begins with / or ~/"
+        return
+    try:
+        file_values([entry])
+    except UsageError as error:
+        yield f"{secret.name} is to be read from {error}"
 
 
 def _setup(lines: Sequence[str]) -> Found:
@@ -96,9 +117,9 @@ def _interface(cluster: ClusterConfig) -> Found:
             yield "cluster.interface", f"{error} Set one of them, or auto."
 
 
-def find_leaks(tree: Node, names: Sequence[str], environ: Mapping[str, str]) -> list[Problem]:
+def find_leaks(tree: Node, entries: Sequence[str], environ: Mapping[str, str]) -> list[Problem]:
     """The places of a resolved config that hold a named secret's value: the run directory would show it to all."""
-    values = {name: environ.get(name, "") for name in names}
+    values = _known_values(entries, environ)
     return [
         Problem(
             where=node.where,
@@ -110,3 +131,12 @@ def find_leaks(tree: Node, names: Sequence[str], environ: Mapping[str, str]) -> 
         for name, value in values.items()
         if len(value) >= _MIN_LEAK_CHARS and isinstance(node.value, str) and value in node.value
     ]
+
+
+def _known_values(entries: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Of those that can be read; what is wrong with the others is said elsewhere."""
+    values: dict[str, str] = {}
+    for entry in entries:
+        with contextlib.suppress(UsageError):
+            values |= secret_values([entry], environ)
+    return values

@@ -19,6 +19,7 @@ from dtrain.cluster.configfile import DEFAULT
 from dtrain.cluster.errors import ConfigError, Problem, UnclearError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir, append_event, read_jsonl, write_atomic, write_once
+from dtrain.cluster.secretrefs import parse_secrets
 from dtrain.cluster.zygote import Zygote
 from dtrain.launcher import labels
 from dtrain.launcher.bundle import Bundle, Module, collect, describe_bundle, over_limit
@@ -154,13 +155,19 @@ def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) 
         return None
     scripts = (module.folder for module in modules if plan.kind == "script")
     places = list(dict.fromkeys([*plan.sys_path, *scripts]))
-    bundle = collect(places, modules, exclude=[plan.run_dir, unquote(urlsplit(plan.checkpoint_url).path)])
+    never = [plan.run_dir, unquote(urlsplit(plan.checkpoint_url).path), *_secret_files(plan)]
+    bundle = collect(places, modules, exclude=never)
     if message := over_limit(bundle, config.cluster.bundle_limit_mb):
         key = "cluster.bundle_limit_mb"
         place = config.origins[key]
         where = os.path.relpath(config.path) if place == DEFAULT else place
         raise ConfigError([Problem(where=where, key=key, message=message)])
     return bundle if bundle.trees else None
+
+
+def _secret_files(plan: JobPlan) -> list[str]:
+    files = [secret.file for secret in parse_secrets(plan.secrets) if secret.file is not None]
+    return [str(path) for file in files for path in (file, file.resolve())]
 
 
 def pack_code(plan: JobPlan, code: Bundle) -> JobPlan:

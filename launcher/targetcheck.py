@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from dtrain.cluster.errors import Problem
 from dtrain.cluster.nodescript import checking_script
+from dtrain.cluster.secretrefs import file_values
 from dtrain.cluster.zygote import Zygote, ZygoteError
 from dtrain.launcher.bundle import Module
 from dtrain.launcher.scriptcheck import check_script_runs, script_modules
@@ -80,11 +81,12 @@ def look_at_targets(
         problems = check_script_runs(script, config.origins, python, sys_path, environ, config.cluster.setup)
         return Checked(problems=problems, modules=() if problems else script_modules(script, sys_path))
     command = _command(python, config.cluster.setup)
+    world = {"sys_path": list(sys_path), "secrets": config.cluster.secrets}
     problems = []
     modules: tuple[Module, ...] = ()
     pending = target_checks(config.run)
     while pending:
-        answer = _ask(command, pending, sys_path, environ, timeout_s, zygote)
+        answer = _ask(command, {**world, "checks": list(map(asdict, pending))}, environ, timeout_s, zygote)
         if answer.refused is not None:
             key, message = answer.refused
             return Checked(problems=[*problems, Problem(where=config.origins.get(key, ""), key=key, message=message)])
@@ -135,13 +137,11 @@ def _command(python: str, setup: Sequence[str]) -> Sequence[str]:
 
 def _ask(
     command: Sequence[str],
-    checks: Sequence[TargetCheck],
-    sys_path: Sequence[str],
+    request: Mapping[str, Any],
     environ: Mapping[str, str],
     timeout_s: float,
     zygote: Zygote | None,
 ) -> _Answer:
-    request = {"sys_path": list(sys_path), "checks": [asdict(check) for check in checks]}
     with tempfile.TemporaryFile() as stderr:
         forked = _run_fork(zygote, request, stderr, timeout_s) if zygote else None
         output, end, timed_out = forked or _run_child(command, json.dumps(request), environ, stderr, timeout_s)
@@ -259,6 +259,7 @@ def answer(request: Mapping[str, Any]) -> NoReturn:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.pop("PYTHONSAFEPATH", None)
+    os.environ.update(file_values(request["secrets"]))
     sys.path[:0] = request["sys_path"]
     for index, check in enumerate(request["checks"]):
         print(json.dumps({"begun": index}), file=answers, flush=True)

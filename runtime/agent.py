@@ -33,7 +33,7 @@ from dtrain.runtime.codedir import CodeDir, unpack_code
 from dtrain.runtime.control import ControlError, find_coordinator, is_there, newest_incarnation, read_token
 from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.cpus import describe, slice_of_cores
-from dtrain.runtime.nodestart import give_up, refuse_other_version
+from dtrain.runtime.nodestart import give_up, refuse_missing_secrets, refuse_other_version
 from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder
 from dtrain.runtime.options import Options, parse_options
 from dtrain.runtime.stackcalls import shorten
@@ -384,6 +384,7 @@ def _load_job(options: Options) -> Job:
     if plan.job_id != options.job_id:
         raise DtrainError(f"{run.job} describes job {plan.job_id}; this node was started for {options.job_id}")
     refuse_other_version(plan)
+    refuse_missing_secrets(plan, os.environ)
     backend = get_backend(plan.backend, options.agent_args)
     plan = replace(plan, port_range=backend.ports(plan))
     try:

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from dtrain.cluster.procs import die_with_parent, ignore_bystanders, set_process_name, unblock_stops
 from dtrain.cluster.rundir import RunDir, read_json
+from dtrain.cluster.secretrefs import file_values
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.cpus import slice_of_cores
 from dtrain.runtime.report import Reporter
@@ -40,13 +41,14 @@ class WorkerSpec:
     cwd: str
     sys_path: tuple[str, ...]
     worker: dict[str, str]  # WorkerEnv.to_environ()
+    secrets: tuple[str, ...] = ()  # of cluster.secrets, whose files the worker reads for itself: this is in its argv
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> WorkerSpec:
-        return WorkerSpec(**{**data, "sys_path": tuple(data["sys_path"])})
+        return WorkerSpec(**{**data, "sys_path": tuple(data["sys_path"]), "secrets": tuple(data["secrets"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,7 @@ def run_worker(spec: WorkerSpec, fds: WorkerFds, parent: int) -> int:
     _tie_children()
     Reporter(fds.report).ready()
     try:
+        os.environ.update(file_values(spec.secrets))
         os.chdir(spec.cwd)
         sys.path[:0] = spec.sys_path
         code = _load(spec.entry)(env)

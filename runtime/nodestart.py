@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Mapping
 
-from dtrain.cluster.errors import NodeError
+from dtrain.cluster.errors import NodeError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir, append_event, write_once
+from dtrain.cluster.secretrefs import parse_secrets, secret_values
 from dtrain.cluster.version import VERSION
 from dtrain.runtime.options import Options
 
@@ -22,6 +24,19 @@ def refuse_other_version(plan: JobPlan) -> None:
         raise NodeError(
             f"cluster.python: {plan.python} has dtrain {VERSION}, but the job was submitted with {plan.version}. "
             f"Install {plan.version} there, or submit with {VERSION}."
+        )
+
+
+def refuse_missing_secrets(plan: JobPlan, environ: Mapping[str, str]) -> None:
+    """Raises NodeError: without them training would go on until somebody asks for one."""
+    try:
+        values = secret_values(plan.secrets, environ)
+    except UsageError as error:
+        raise NodeError(f"cluster.secrets: {error}") from error
+    if missing := [secret.name for secret in parse_secrets(plan.secrets) if secret.name not in values]:
+        raise NodeError(
+            f"cluster.secrets: {missing[0]} is not set. Export it in the shell that submits the job, which has to hand "
+            f"its variables on, or have it read from a file: {missing[0]}=file:PATH"
         )
 
 

@@ -12,16 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dtrain.cluster.errors import UsageError
 from dtrain.cluster.interfaces import LOOPBACK, Interface
 from dtrain.cluster.jobplan import JobPlan, worker_environ
 from dtrain.cluster.procs import clear_session
 from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.secretrefs import secret_values
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.childproc import ENTRIES, WorkerSpec
 from dtrain.runtime.codedir import CodeDir
 from dtrain.runtime.nodelog import NodeLog
 from dtrain.runtime.options import Options
-from dtrain.runtime.redact import redactor
+from dtrain.runtime.redact import Redactor, redactor
 from dtrain.runtime.warm import ExecStarter, Starter, StartError, WarmParent, WarmStarter, exec_warm_parent
 from dtrain.runtime.workerproc import Notify, WorkerProcess
 
@@ -60,7 +62,6 @@ class NodeWorkers:
         self._interface = interface
         self._code = code
         environ = os.environ if environ is None else environ
-        self._redact = redactor(plan.secrets, environ, code.places if code else None)
         self._environ = worker_environ(plan, dict(environ))
         self._workers: list[WorkerProcess] = []
         self._log: NodeLog | None = None
@@ -84,16 +85,25 @@ class NodeWorkers:
             started = time.monotonic()
             self.reached = self.done = 0
             self._note = ""
+            redact = self._make_redactor()
             self._log = NodeLog(RunDir(self._plan.run_dir).log(order.attempt, self._options.node_rank))
             starter = await self._choose_starter()
             for local_rank in range(self._plan.procs_per_node):
                 if self._killed.is_set():
                     raise StartError("ended while the workers were being started")
-                worker = WorkerProcess(self._worker_env(order, local_rank), self._log, self._notify, self._redact)
+                worker = WorkerProcess(self._worker_env(order, local_rank), self._log, self._notify, redact)
                 self._workers.append(worker)
                 starter = await self._start_one(worker, starter, store)
             seconds = round(time.monotonic() - started, 3)
             return {"warm": starter is not self._cold, "seconds": seconds, "note": self._note}
+
+    def _make_redactor(self) -> Redactor:
+        """With the values that this attempt's workers see: files are read anew, because tokens get renewed."""
+        try:
+            values = secret_values(self._plan.secrets, self._environ)
+        except UsageError as error:
+            raise StartError(f"cluster.secrets: {error}") from error
+        return redactor(values, self._code.places if self._code else None)
 
     async def _choose_starter(self) -> Starter:
         """The warm parent once it has imported what it should; the wait ends early when `kill` is called."""
@@ -115,6 +125,7 @@ class NodeWorkers:
             cwd=code.cwd(self._plan.cwd) if code else self._plan.cwd,
             sys_path=tuple(map(code.map, self._plan.sys_path)) if code else self._plan.sys_path,
             worker=worker.env.to_environ(),
+            secrets=self._plan.secrets,
         )
         store_fd = store.fileno() if store is not None and worker.env.global_rank == 0 else -1
         try:

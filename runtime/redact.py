@@ -4,9 +4,10 @@ places where the user's files really are instead of those of the job's copy."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 _MIN_CHARS = 6  # anything shorter is no secret, and would tear holes into ordinary text
 
@@ -17,14 +18,15 @@ class Redactor:
     record: Callable[[Any], Any]  # of a worker's report: every text in it, at any depth
 
 
-def redactor(names: Sequence[str], environ: Mapping[str, str], places: Mapping[str, str] | None = None) -> Redactor:
-    """Each value becomes `[NAME]`. A value of several lines, like a key, goes line by line, as logs do.
-    `places`: folder -> what a person calls it."""
+def redactor(secrets: Mapping[str, str], places: Mapping[str, str] | None = None) -> Redactor:
+    """Each value of `secrets` (name -> value) becomes `[NAME]`, also as a part of a URL. A value of several lines, like
+    a key, goes line by line, as logs do. `places`: folder -> what a person calls it."""
     known = {
-        line: f"[{name}]"
-        for name in names
-        for line in sorted(environ.get(name, "").splitlines(), key=len, reverse=True)
+        form: f"[{name}]"
+        for name, value in secrets.items()
+        for line in sorted(value.splitlines(), key=len, reverse=True)
         if len(line.strip()) >= _MIN_CHARS
+        for form in (line, quote(line, safe="", errors="surrogateescape"))
     }
     told = {**{f"{folder}/": f"{place}/" for folder, place in (places or {}).items()}, **known}
     pattern = _any_of(told)

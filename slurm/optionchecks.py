@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from dtrain.cluster.jobplan import ClusterConfig
+from dtrain.cluster.secretrefs import parse_secrets
 from dtrain.cluster.slurmconfig import SlurmConfig
 from dtrain.slurm.hostlist import expand
 from dtrain.slurm.options import TYPED, gpu_options, passed, requested_gpus
@@ -174,8 +175,10 @@ def _check_together(cluster: ClusterConfig) -> Found:
         other = "cluster.slurm.mem" if cluster.slurm.mem is not None else memory[1]
         yield f"cluster.slurm.sbatch.{memory[0]}", f"sbatch takes it or {other}, not both. Leave one out."
     export = str(options.get("export", "ALL"))
-    if cluster.secrets and "ALL" not in export.split(","):
+    exported = [secret.name for secret in parse_secrets(cluster.secrets) if secret.path is None]
+    if exported and "ALL" not in export.split(","):
         yield (
             "cluster.slurm.sbatch.export",
-            f"{export} keeps cluster.secrets from the job, whose environment they come by. Say ALL, or leave it out.",
+            f"{export} keeps cluster.secrets from the job, whose environment they come by. Say ALL, leave it out, or "
+            f"have them read from files: {exported[0]}=file:PATH",
         )

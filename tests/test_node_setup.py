@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,9 +266,9 @@ def test_workers_are_told_their_interface(interface: str, address: str, environ:
 
 
 def test_redaction() -> None:
-    redact = redactor(
-        ("TOKEN", "KEY", "SHORT", "ABSENT"), {"TOKEN": TOKEN, "KEY": "line one\nline two\n", "SHORT": "ab"}
-    )
+    redact = redactor({"TOKEN": TOKEN, "KEY": "line one\nline two\n", "SHORT": "ab", "ABSENT": ""})
+    url = redactor({"TOKEN": "p/q?r&s tu"})
+    assert url.line(b"https://h/p%2Fq%3Fr%26s%20tu") == b"https://h/[TOKEN]"
     assert redact.line(b"x=" + TOKEN.encode() + b"; line two\xff ab") == b"x=[TOKEN]; [KEY]\xff ab"
     report = {"message": f"bad {TOKEN}", "evidence": ["line one"], "data": {"k": 1}, "step": None}
     assert redact.record(report) == {"message": "bad [TOKEN]", "evidence": ["[KEY]"], "data": {"k": 1}, "step": None}
@@ -288,12 +289,22 @@ def test_redaction() -> None:
         ([f"cluster.secrets=[{TOKEN}]"], "cluster.secrets.0", "expects the name of an environment variable"),
         (["cluster.secrets=[API_TOKE]"], "cluster.secrets.0", "API_TOKE is not set here"),
         (["cluster.secrets=[API_TOKE]"], "cluster.secrets.0", "Did you mean API_TOKEN?"),
+        ([f"cluster.secrets=[API_TOKEN={TOKEN}]"], "cluster.secrets.0", "expects the name of an environment variable"),
+        (["cluster.secrets=['A=file:']"], "cluster.secrets.0", "expects the name of an environment variable"),
+        (["cluster.secrets=['A=file:key']"], "cluster.secrets.0", "key depends on the folder that one is in."),
+        (["cluster.secrets=['A=file:~/absent']"], "cluster.secrets.0", "/absent: No such file or directory."),
+        (["cluster.secrets=['A=file:~/empty']"], "cluster.secrets.0", "/empty is empty."),
+        (["cluster.secrets=['A=file:~/binary']"], "cluster.secrets.0", "/binary can't be the value of a variable"),
+        (["cluster.secrets=['A=file:~/key']", "cluster.env.A=x"], "cluster.secrets.0", "A is in cluster.env too"),
+        (["cluster.secrets=['A=file:~/key']", f"cluster.env.B={TOKEN}"], "cluster.env.B", "the value of the secret A"),
     ],
 )
 def test_a_secret_that_would_be_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], key: str, message: str
 ) -> None:
     monkeypatch.setenv("API_TOKEN", TOKEN)
+    for name, raw in {"empty": b"\n\n", "binary": b"a\0b", "key": TOKEN.encode()}.items():
+        (Path(os.environ["HOME"]) / name).write_bytes(raw)
     (tmp_path / "cfg.yaml").write_text(
         "model: {_target_: m.N}\ndata: {train: m.D, batch_size: 1}\noptimizer: m.o\ntrain: {steps: 1}\n"
         "cluster: {secrets: [API_TOKEN]}\n"
@@ -369,6 +380,40 @@ def test_a_run_with_all_of_it(toy: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert TOKEN not in said + shown.out + shown.err
     assert cli.main(["launch", "toy.yaml", "--dry-run", "--fresh"]) == 0
     assert TOKEN not in capsys.readouterr().out
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("workers", ["warm", "exec"])
+def test_a_secret_from_a_file(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    """Not exported, read by the check of the targets and by each worker, also where it lies beside the code, which is
+    copied; a new one is taken at the next start."""
+    monkeypatch.delenv("API_TOKEN")
+    key = toy.parent.parent / "key.py"
+    words = [f"cluster.secrets=['API_TOKEN=file:{key}']", f"recovery.workers={workers}", "cluster.interface=auto"]
+    for number, steps in ((1, 3), (2, 6)):
+        secret = f"{TOKEN}/{number}"
+        key.write_text(secret + "\n")
+        assert cli.main(["launch", "toy.yaml", *words, f"train.steps={steps}"]) == 0
+        shown = capsys.readouterr()
+        assert "; without key.py" in shown.out
+        log = (toy / "logs" / f"a000{number}" / "node-1.log").read_text()
+        assert "seen [API_TOKEN] kept" in log
+        assert "told [API_TOKEN]" in log
+        assert not [path for path in toy.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+        with tarfile.open(next((toy / "code").iterdir())) as archive:
+            assert [Path(name).name for name in archive.getnames() if name.endswith(".py")] == ["toy.py"]
+        assert TOKEN not in shown.out + shown.err
+
+
+@pytest.mark.e2e
+def test_a_secret_that_a_node_does_not_have_ends_the_job(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where a job is submitted from a shell that did not export it, or a home is not mounted."""
+    (toy.parent.parent / "key").write_text(TOKEN)
+    words = [f"cluster.secrets=[API_TOKEN, 'OTHER=file:{toy.parent.parent}/key']"]
+    assert cli.main(["launch", "toy.yaml", *words, "cluster.setup=[unset API_TOKEN]"]) == 93
+    assert "cluster.secrets: API_TOKEN is not set. Export it" in capsys.readouterr().out
 
 
 @pytest.mark.e2e
