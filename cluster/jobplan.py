@@ -68,8 +68,8 @@ class ClusterConfig:
         default="auto",
         metadata={
             "doc": "bundle: the nodes run a copy of your code as it was at the launch; live: what lies in your "
-            "folders; auto: bundle, and live for a script, which may write beside itself, and for an image with its own "
-            "Python"
+            "folders; auto: bundle, and live for a script, which may write beside itself, and for an image with its "
+            "own Python"
         },
     )
     bundle_limit_mb: int = field(default=100, metadata={"doc": "the most that such a copy may have, in MB", "min": 1})

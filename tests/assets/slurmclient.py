@@ -1,5 +1,5 @@
-"""dtrain's commands on Slurm jobs without the parts that take seconds (config, targets, torch), each in a process of its
-own that can be killed: what they write and ask, and the submission."""
+"""dtrain's commands on Slurm jobs without the parts that take seconds (config, targets, torch), each in a process of
+its own that can be killed: what they write and ask, and the submission."""
 
 from __future__ import annotations
 
