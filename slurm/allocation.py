@@ -72,7 +72,7 @@ class AllocationBackend:
         if mine is None:
             raise UsageError(f"{plan.run_dir}: job {plan.job_id} was started already")
         begin(plan, mine)
-        write_script(plan, (*self.agent_args, "--incarnation", str(mine.number)))
+        write_script(plan, self.agent_args, mine.number)
         argv = step_argv(plan, mine.nodes, here.cpus_per_node, overlap=True)
         process = start_step(argv, srun_log(plan), os.environ)
         write_atomic(control.path / "srun.json", json.dumps(process.to_json()), 0o600)
