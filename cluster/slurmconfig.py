@@ -87,8 +87,8 @@ class SlurmConfig:
     reservation: str | None = _text("a reservation to run in")
     dependency: str | None = _text("what the job waits for, like afterok:1234")
     signal: str | None = _text(
-        "a signal before the time limit, like B:USR1@300; left out: one at 120 s, a reserve for the stop that dtrain "
-        "plans from the measured time of a save",
+        "a signal before the time limit, like B:USR1@300; left out: one at 120 s (a quarter of a short job), a reserve "
+        "for the stop that dtrain plans from the measured time of a save",
         _check_signal,
     )
     no_kill: bool = field(default=False, metadata={"doc": "keep the other nodes when one fails (sbatch --no-kill)"})

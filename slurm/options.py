@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from dtrain.cluster.jobplan import ClusterConfig, JobPlan
 from dtrain.cluster.rundir import RunDir
-from dtrain.cluster.slurmconfig import SlurmConfig, split_gpus
+from dtrain.cluster.slurmconfig import SlurmConfig, split_gpus, time_limit_s
 from dtrain.slurm.hostlist import compress, expand
 
 # Typed keys that are an option of the same name.
@@ -80,10 +80,16 @@ def header_options(plan: JobPlan) -> list[str]:
     if slurm.no_kill:
         asked["no-kill"] = True
     asked["requeue" if slurm.on_stop == "requeue" else "no-requeue"] = True
-    asked["signal"] = slurm.signal or "B:USR1@120"
+    asked["signal"] = slurm.signal or f"B:USR1@{_reserve_s(slurm)}"
     asked["open-mode"] = "append"
     asked.setdefault("export", "ALL")
     return words(asked)
+
+
+def _reserve_s(slurm: SlurmConfig) -> int:
+    """Two minutes, but a quarter of a short job: Slurm would send the signal at once."""
+    limit_s = None if slurm.time is None else time_limit_s(slurm.time)
+    return 120 if limit_s is None else min(120, limit_s // 4)
 
 
 def _short(name: str, value: str) -> str:

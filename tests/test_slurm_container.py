@@ -1,7 +1,10 @@
-"""Images for the agents: the words for pyxis and apptainer as their manuals have them. Neither runs here."""
+"""Images for the agents: the words for pyxis and apptainer as their manuals have them, and a run whose apptainer is a
+stand-in. Neither runs here."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +18,10 @@ from dtrain.launcher.submit import gather_code
 from dtrain.launcher.targetcheck import look_at_targets
 from dtrain.slurm.container import Wrapping, check_container, mounted, python_folders, wrap
 from dtrain.slurm.steps import step_argv
+
+sys.path.insert(0, str(Path(__file__).parent / "assets"))
+
+from slurmcluster import SlurmCluster
 
 RUN = "/work/ada/runs/a run"
 
@@ -96,3 +103,42 @@ def test_targets_in_an_image_are_not_looked_at_from_here(tmp_path: Path) -> None
     plan = make_plan(config, job_id="slurm-1", argv=(), cwd=str(tmp_path))
     assert look_at_targets(config, plan.python, plan.sys_path).problems == []
     assert gather_code(config, plan, ()) is None
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_run_whose_agents_are_started_through_apptainer(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An `apptainer` that notes its words and runs what stands behind the image."""
+    folder = slurm.root / "boxed run"
+    (folder / "bin").mkdir(parents=True)
+    apptainer = folder / "bin" / "apptainer"
+    apptainer.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >>"{folder}/words"\nexec "${{@:5}}"\n')
+    apptainer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+    (folder / "hello.py").write_text("import os\nprint('hello', os.environ['RANK'], os.environ['FROM_SETUP'])\n")
+    (folder / "cfg.yaml").write_text(
+        "script: hello.py\n"
+        f"run_dir: {folder}/run\n"
+        "cluster:\n"
+        f"  {{backend: slurm, nodes: 2, python: {sys.executable}, setup: [export FROM_SETUP=yes]}}\n"
+    )
+    (folder / "site.yaml").write_text(
+        "cluster: {container: {image: /i.sif, runtime: apptainer, mounts: ['/data:/d']}}\n"
+    )
+    monkeypatch.setenv("DTRAIN_SITE", str(folder / "site.yaml"))
+    monkeypatch.chdir(folder)
+    try:
+        ran = slurm.run(sys.executable, "-P", "-m", "dtrain.launcher.cli", "launch", "cfg.yaml", timeout_s=110)
+        assert "done" in ran.stdout
+        logs = "".join(path.read_text() for path in (folder / "run" / "logs").glob("a*/node-*.log"))
+        assert sorted(line[line.index("hello") :] for line in logs.splitlines() if "hello" in line) == [
+            "hello 0 yes",
+            "hello 1 yes",
+        ]
+        words = (folder / "words").read_text().splitlines()
+        assert words[:2] == ["exec", "--bind"]
+        assert words[2].startswith("/data:/d,")
+        assert f"{folder}:{folder}" in words[2].split(",")
+        assert words[3:5] == ["/i.sif", "bash"]
+    finally:
+        shutil.rmtree(folder)

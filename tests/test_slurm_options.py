@@ -193,3 +193,9 @@ def test_gpu_types() -> None:
     cluster = ClusterConfig(backend="slurm", nodes=2, slurm=SlurmConfig(sbatch={"gpus": "a100:4,v100:2"}))
     assert requested_gpus(cluster) == 3
     assert requested_gpus(replace(cluster, nodes=4)) is None
+
+
+@pytest.mark.parametrize(("asked", "signal"), [("time: 2", "30"), ("time: 1-0", "120"), ("time: UNLIMITED", "120")])
+def test_the_reserve_before_the_time_limit(tmp_path: Path, asked: str, signal: str) -> None:
+    assert options(plan_of(tmp_path, f"slurm: {{{asked}}}"))["signal"] == f"B:USR1@{signal}"
+    assert options(plan_of(tmp_path, f"slurm: {{{asked}, signal: TERM@60}}"))["signal"] == "TERM@60"
