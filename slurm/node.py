@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -92,7 +93,9 @@ def _is_loopback(address: str) -> bool:
 
 def start_node(plan: JobPlan, node_rank: int) -> bool:
     """Another agent on the machine of `node_rank`, inside the same allocation. Its predecessor, should it only sleep,
-    finds that the node is no longer its own."""
+    finds that the node is no longer its own. False where there is no srun: in a container's image."""
+    if shutil.which("srun") is None:
+        return False
     control = RunDir(plan.run_dir).control(plan.job_id)
     owner, here = newest_owner(control), slurm_job(os.environ)
     if owner is None or here is None or owner.slurm_job_id != here.id:
