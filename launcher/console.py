@@ -271,7 +271,8 @@ def outcome_lines(
 ) -> list[Said]:
     """The last words of a run. `again`: the command that continues it; `failure`: what has just been shown."""
     state, step, reason = ended.get("state"), ended.get("step"), without_message(ended.get("reason") or "", failure)
-    at = f" at step {step}" + (f" of {steps}" if steps else "") if step or steps else ""  # a script may count none
+    counted = step is not None and (step or steps)  # a script may count none, a node that fails has not
+    at = f" at step {step}" + (f" of {steps}" if steps else "") if counted else ""
     why = f": {reason}" if reason and reason != state else ""  # "cancelled: cancelled" says nothing
     early = steps is not None and step is not None and step < steps
     lines = {

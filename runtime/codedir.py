@@ -77,11 +77,26 @@ def _verify(archive: Path, digest: str) -> None:
 
 
 def _extract(archive: Path, folder: Path) -> None:
-    """Nothing lands outside of `folder`, whatever names the archive holds: tarfile's data filter sees to it."""
-    if not hasattr(tarfile, "data_filter"):
-        raise NodeError("cluster.python: is older than Python 3.11.4, which unpacks archives safely. Take a newer one.")
+    """Nothing lands outside of `folder`, whatever names the archive holds."""
     with tarfile.open(archive, "r|gz") as tar:
-        tar.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(folder, filter="data")
+            return
+        for member in tar:  # Python 3.11.4 and newer need none of this
+            _refuse_odd(member, folder)
+            tar.extract(member, folder)
+
+
+def _refuse_odd(member: tarfile.TarInfo, folder: Path) -> None:
+    """Raises TarError for what launcher/pack.py never writes: other than files and links, ways out of `folder`."""
+    top, place = os.path.realpath(folder), os.path.join(folder, member.name)
+    places = [os.path.dirname(place)]
+    if member.issym():
+        places.append(os.path.join(os.path.dirname(place), member.linkname))
+    inside = all(os.path.commonpath([top, os.path.realpath(path)]) == top for path in places)
+    absolute = os.path.isabs(member.name) or (member.issym() and os.path.isabs(member.linkname))
+    if not (member.isreg() or member.issym()) or absolute or not inside or os.path.basename(member.name) == "..":
+        raise tarfile.TarError(f"{member.name!r} leads out of the copy, or is no file")
 
 
 def _link_the_rest(original: Path, copy: Path) -> None:
