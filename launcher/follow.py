@@ -7,6 +7,7 @@ still alive. What it says is in launcher/console.py, where it appears in launche
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -274,16 +275,21 @@ def _is_gone(job: Job) -> bool:
     """Asked in this order: a job that ended between the two questions has ended.json by the second."""
     if time.time() - job.submitted_at < STARTING_S and not job.control.status.exists():
         return False
-    return job.backend.state(job.plan, _patience_s(job)) == "gone" and job.final_end() is None
+    return job.backend.state(job.plan, patience_s(_quiet_s(job))) == "gone" and job.final_end() is None
 
 
-def _patience_s(job: Job) -> float:
+def patience_s(quiet_s: float) -> float:
     """How old the back end's word may be: the longer nothing has happened, the less soon something will."""
+    return min(BACKEND_AGE_S, max(ASK_BACKEND_S, quiet_s))
+
+
+def _quiet_s(job: Job) -> float:
+    """For how long a job has waited that does not run; of one that runs its own files tell."""
     if job.control.status.exists() and not job.control.ended.exists():
-        return BACKEND_AGE_S
+        return math.inf
     with contextlib.suppress(FileNotFoundError):
-        return min(BACKEND_AGE_S, time.time() - job.control.ended.stat().st_mtime)
-    return min(BACKEND_AGE_S, time.time() - job.submitted_at)
+        return time.time() - job.control.ended.stat().st_mtime
+    return time.time() - job.submitted_at
 
 
 def _on_interrupt(job: Job, screen: Screen, view: RunView, count: int) -> bool:

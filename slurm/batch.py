@@ -78,11 +78,12 @@ class BatchBackend:
     def hasten(self, plan: JobPlan) -> None:
         """Slurm holds a requeued job for two minutes as a rule, against old credentials. Whoever may change the job may
         let it go at once, when it is back in the queue; done once a restart."""
-        newest = owner.newest_owner(_control(plan))
+        control = _control(plan)
+        newest = owner.newest_owner(control)
         held = [job for job in standing(plan, math.inf).jobs if job.phase == "pending" and job.reason == "BeginTime"]
-        if newest is None or not held:
+        if not held or (newest is None and not control.ended.exists()):
             return  # one that has not run yet waits for a time that its user gave
-        mark = _control(plan).path / f"slurm-hastened-{newest.number:04d}"
+        mark = control.path / f"slurm-hastened-{newest.number if newest else 0:04d}"
         if write_once(mark, b"", 0o600):
             with contextlib.suppress(SlurmUnreachable, SlurmRefused, UsageError):
                 ask("scontrol", "update", f"JobId={held[-1].job_id}", "StartTime=now")

@@ -23,6 +23,7 @@ from dtrain.runtime.control import ControlError, request
 HELP = "Ends a run: its state is saved first, unless it does not answer within the grace. It can be launched again."
 POLL_S = 0.1
 CONTROL_S = 5.0
+AGAIN_S = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,14 +73,16 @@ def ask_to_stop(job: Job) -> None:
 
 def _wait_for_end(job: Job, grace_s: float, clock: Callable[[], float]) -> bool:
     """True when the job has written its end and its processes are gone, or they are gone without a word."""
-    deadline, seen = clock() + grace_s, None
-    while clock() < deadline:
+    now = clock()
+    deadline, again_at = now + grace_s, now
+    while (now := clock()) < deadline:
         if job.backend.state(job.plan) == "gone":
             return True
         ended = read_json(job.control.ended)
-        if ended is not None and ended != seen and job.may_start_again(ended):
-            seen = ended
-            job.backend.stop(job.plan)  # it stopped for another reason just before the mark: keep it from coming back
+        if ended is not None and now >= again_at and job.may_start_again(ended):
+            # It stopped for another reason before it saw the mark: it is kept from coming back, as soon as that works.
+            again_at = now + AGAIN_S
+            job.backend.stop(job.plan)
         time.sleep(POLL_S)
     return False
 

@@ -37,6 +37,7 @@ done
 control=$run/control/$job
 grep -qs '"slurm_job_id": ""' "$control"/slurm-owner-*.json && exit 93  # as the driver does
 echo "$SLURM_JOB_ID $job" >>"$run/started"
+[ -n "$SLURM_RESTART_COUNT" ] && rm -f "$control/ended.json"
 trap 'state=stopped code=85' TERM
 state=done code=0
 for _ in $(seq {tenths}); do sleep 0.1; [ $state = done ] || break; done
