@@ -146,6 +146,17 @@ class SlurmCluster:
             os.chown(home, entry.pw_uid, entry.pw_gid)
         return home
 
+    def _ask(self, *argv: str) -> str:
+        """What the command prints; again where slurmctld was too busy: MessageTimeout is short, machines are slow."""
+        done = self.run(*argv, check=False)
+        for _ in range(4):
+            if "timed out" not in done.stderr:
+                break
+            done = self.run(*argv, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stderr}")
+        return done.stdout
+
     # Jobs.
 
     def submit(self, *argv: str, as_user: str | None = None) -> int:
@@ -153,17 +164,20 @@ class SlurmCluster:
         return int(self.run("sbatch", "--parsable", *argv, as_user=as_user).stdout.split(";")[0])
 
     def job(self, job_id: int) -> dict[str, str]:
-        """`scontrol -o show job`. Values with blanks are whole, unless a word in them looks like a key."""
-        return _fields(self.run("scontrol", "-o", "show", "job", str(job_id)).stdout)
+        """`scontrol -o show job`. Values with blanks are whole, unless a word in them looks like a key.
+
+        Right after `sbatch` a job may be RUNNING before its script has begun.
+        """
+        return _fields(self._ask("scontrol", "-o", "show", "job", str(job_id)))
 
     def all_jobs(self) -> dict[int, dict[str, str]]:
         """Every job that was ever submitted, ended ones too."""
-        lines = self.run("scontrol", "-o", "show", "job").stdout.splitlines()
+        lines = self._ask("scontrol", "-o", "show", "job").splitlines()
         return {int(line["JobId"]): line for line in map(_fields, lines) if "JobId" in line}
 
     def jobs(self) -> list[int]:
         """Those that wait or run; not those of which only the cleaning up is left."""
-        lines = self.run("squeue", "-h", "-o", "%A %T").stdout.splitlines()
+        lines = self._ask("squeue", "-h", "-o", "%A %T").splitlines()
         return [int(line.split()[0]) for line in lines if line.split()[1] != "COMPLETING"]
 
     def wait_job(self, job_id: int, *states: str, timeout_s: float = 60.0) -> dict[str, str]:
@@ -181,11 +195,11 @@ class SlurmCluster:
 
     def node(self, name: str) -> dict[str, str]:
         """`scontrol -o show node`."""
-        return _fields(self.run("scontrol", "-o", "show", "node", name).stdout)
+        return _fields(self._ask("scontrol", "-o", "show", "node", name))
 
     def states(self) -> dict[str, str]:
         """idle, mixed, allocated, completing, drained, down, down* (does not answer), ..."""
-        lines = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").stdout.splitlines()
+        lines = self._ask("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()
         return dict(line.split() for line in lines)
 
     def wait_idle(self, timeout_s: float = READY_S) -> None:
