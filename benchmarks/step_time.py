@@ -4,9 +4,10 @@
 
 Both sides train the demo's GPT (4 layers of 128) in the same two processes on the same batches: sum over a global batch
 of 32, AdamW, clipping, the loss read every step. dtrain's side also agrees on stops, seeds its random numbers, keeps
-the schedule, checks that all is finite and writes metrics.jsonl. Blocks are short and many, so that both of a pair meet
-the same load of other programs. Printed: the median of the pairs' ratios with its 95 % interval, in wall time and in
-CPU time of both processes; the second one is steadier where other programs are running.
+the schedule, checks that all is finite and writes metrics.jsonl. Its loop runs once; after each block of its steps
+comes one by hand. Blocks are short and many, so that both of a pair meet the same load of other programs. Printed: the
+median of the pairs' ratios with its 95 % interval, in wall time and in CPU time of both processes; the second one is
+steadier where other programs are running.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ from dtrain.runtime.schedules import make_schedule
 from dtrain.runtime.task import autocast, make_task
 from dtrain.runtime.trainer import Training, train
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.protocol import MicroBatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 WORLD_SIZE, BATCH_SIZE, RATE, CLIP = 2, 32, 1e-3, 1.0
+Times = tuple[float, float]  # seconds a step: wall, CPU of both processes
 CONFIG = RunConfig(
     name="step-time",
     model=ModelConfig(target=Target(target="gpt.GPT", kwargs={"context": 64})),
@@ -75,8 +78,18 @@ class NoSaves:
         pass
 
 
-def dtrain_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
-    """A function that trains some more steps with dtrain's own loop."""
+class BatchesInTurn(Batches):
+    """dtrain's batches, with a call before each step."""
+
+    before: Callable[[int], None]
+
+    def next(self, step: int, interrupted: Callable[[], bool]) -> list[MicroBatch] | None:
+        self.before(step)
+        return super().next(step, interrupted)
+
+
+def dtrain_side(ranks: Ranks, run_dir: Path, steps: int, before: Callable[[int], None]) -> Training:
+    """dtrain's own loop over `steps`, which calls `before` with the number of each."""
     import gpt
 
     wrapped, _ = build(CONFIG, StrategyConfig(name="ddp"), ranks, nodes=WORLD_SIZE)
@@ -90,19 +103,21 @@ def dtrain_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
         world_size=WORLD_SIZE,
         micro_batch=None,
     )
-    job = Training(
-        config=CONFIG.train,
+    batches = BatchesInTurn(
+        MapSource(dataset, plan, seed=0, key="data.train"),
+        start_step=0,
+        steps=steps,
+        collate=None,
+        count=count_samples,
+        workers=0,
+        device=ranks.device,
+    )
+    batches.before = before
+    return Training(
+        config=dataclasses.replace(CONFIG.train, steps=steps),
         wrapped=wrapped,
         schedule=make_schedule(CONFIG.schedule, wrapped.optimizer, CONFIG.train.steps, 0),
-        batches=Batches(
-            MapSource(dataset, plan, seed=0, key="data.train"),
-            start_step=0,
-            steps=CONFIG.train.steps,
-            collate=None,
-            count=count_samples,
-            workers=0,
-            device=ranks.device,
-        ),
+        batches=batches,
         task=make_task(CONFIG, wrapped.module, ranks.device),
         autocast=autocast("fp32", ranks.device, cache=True),
         ranks=ranks,
@@ -116,14 +131,6 @@ def dtrain_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
         start_step=0,
         batch_size=BATCH_SIZE,
     )
-    done = 0
-
-    def more(steps: int) -> None:
-        nonlocal done
-        train(dataclasses.replace(job, start_step=done, config=dataclasses.replace(job.config, steps=done + steps)))
-        done += steps
-
-    return more
 
 
 def hand_written_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
@@ -179,24 +186,37 @@ def run_rank(rank: int, port: int, run_dir: Path, blocks: int, steps: int) -> No
         device="cpu",
     )
     with process_group(env) as ranks:
-        sides = {"dtrain": dtrain_side(ranks, run_dir), "by hand": hand_written_side(ranks, run_dir)}
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-        for block in range(blocks + 1):
-            order = list(sides) if block % 2 else list(reversed(sides))
-            for name in order:
-                dist.barrier()
-                began = time.perf_counter(), time.process_time()
-                sides[name](steps)
-                dist.barrier()
-                wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-                times[name].append((wall / steps, sum(ranks.all_reduce([cpu])) / steps))
+        by_hand = hand_written_side(ranks, run_dir)
+        times: list[Times] = []  # of blocks in turn, dtrain's first
+        began = 0.0, 0.0
+
+        def lap() -> None:
+            """The time since the last one, a barrier included, which all ranks leave together."""
+            nonlocal began
+            dist.barrier()
+            wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+            times.append((wall / steps, sum(ranks.all_reduce([cpu])) / steps))
+            began = time.perf_counter(), time.process_time()
+
+        def before(step: int) -> None:
+            if step > 1 and (step - 1) % steps == 0:
+                lap()
+                by_hand(steps)
+                lap()
+
+        job = dtrain_side(ranks, run_dir, (blocks + 1) * steps + 1, before)
+        dist.barrier()
+        began = time.perf_counter(), time.process_time()
+        train(job)
         if rank == 0:
-            report({name: found[1:] for name, found in times.items()})  # the first block warms up
+            report(times[2:])  # the first pair warms up
 
 
-def report(times: dict[str, list[tuple[float, float]]]) -> None:
+def report(times: Sequence[Times]) -> None:
+    """`times`: of blocks in turn, dtrain's first."""
     for kind, what in enumerate(("wall", "CPU")):
-        ours, theirs = ([pair[kind] * 1e3 for pair in times[name]] for name in ("dtrain", "by hand"))
+        found = [pair[kind] * 1e3 for pair in times]
+        ours, theirs = found[0::2], found[1::2]
         ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
         low, high = median_interval(len(ratios))
         print(
@@ -214,8 +234,8 @@ def median_interval(count: int) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=4, help="steps a block")
+    parser.add_argument("--blocks", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=2, help="steps a block")
     options = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
