@@ -4,6 +4,7 @@ together from published listings with other names and numbers."""
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,12 @@ def test_names_and_comments_do_not_change_the_state(evil: str) -> None:
     (record,) = parse_scontrol(text)
     assert (record.job_id, record.name, record.state) == (568939, evil, "PENDING")
     assert record.command.endswith("/job.sbatch")
+
+
+def test_a_job_without_a_command_is_read_all_the_same() -> None:
+    text = re.sub(r" Command=\S+", "", sample("scontrol-23.11")).replace("=mine", "=x JobState=FAILED")
+    (record,) = parse_scontrol(text)
+    assert (record.state, record.command) == ("PENDING", "")
 
 
 @pytest.mark.parametrize("text", ["", "slurm_load_jobs error: Invalid job id specified\n", "No jobs in the system\n"])
