@@ -13,6 +13,7 @@ import pytest
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.slurmconfig import SlurmConfig
+from dtrain.launcher.doctor import scheduler
 from dtrain.slurm.options import directive, log_pattern
 from dtrain.slurm.records import SlurmVersion, parse_scontrol, parse_version
 from dtrain.slurm.script import render_by_hand, render_script
@@ -92,7 +93,24 @@ def test_the_log_lands_in_the_run_directory(slurm: SlurmCluster, folder: Path, n
     assert log.read_text().startswith(f"job {job} (node1): ")
 
 
-def test_the_version_is_read(slurm: SlurmCluster) -> None:
+def test_doctor_sees_it(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in slurm.environ().items():
+        monkeypatch.setenv(name, value)
+    (found,) = scheduler.examine()
+    assert found.level == "ok"
+    assert "is UP" in found.found
     version = parse_version(slurm.run("sbatch", "--version").stdout)
     assert version is not None
-    assert version >= SlurmVersion(20, 11)
+    assert found.found.startswith(f"{version}, ")
+    monkeypatch.setattr(scheduler, "OLDEST", SlurmVersion(99, 11))
+    (found,) = scheduler.examine()
+    assert (found.level, found.found) == ("warn", str(version))
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "nothing"))
+    (found,) = scheduler.examine()
+    assert found.level == "warn"
+    assert "does not answer" in found.found
+
+
+def test_doctor_says_nothing_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list(scheduler.examine()) == []

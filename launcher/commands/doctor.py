@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dtrain.cluster import exits
 from dtrain.launcher.console import plural
-from dtrain.launcher.doctor import machine, software, storage
+from dtrain.launcher.doctor import machine, scheduler, software, storage
 from dtrain.launcher.doctor.finding import Finding
 
 HELP = "Looks at this machine, its software and the storage of a config, tries them for real, and says what to do."
@@ -58,6 +58,7 @@ def _examine(args: argparse.Namespace) -> Iterator[Finding]:
         urls.insert(0, plan.checkpoint_url)
     yield from software.examine(python)
     yield from machine.examine(workers)
+    yield from scheduler.examine()
     yield machine.free_space(run_dir)
     for url in dict.fromkeys(urls):
         yield from storage.examine(url)
