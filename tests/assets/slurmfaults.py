@@ -3,7 +3,9 @@ each call. And a Python for jobs that only sleeps, so that a cluster is full of 
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
@@ -26,26 +28,34 @@ case "${{FAULT_{upper}:-}}" in
 esac
 """
 
-# Called as a job's script calls its Python: `-c PROBE` first, then `... launch --batch --run-dir R --job-id J ...`.
+# Called as a job's script calls its Python: `-c PROBE` first, then `... launch --batch --run-dir R --job-id J ...`. In
+# place of the driver it puts an earlier end aside, sleeps, and says how it ended: for SIGTERM, that it can go on.
 _SLEEPER = """\
-#!/bin/bash
-[ "$1" = -c ] && exit 0
-while [ $# -gt 0 ]; do
-  case "$1" in --run-dir) run=$2;; --job-id) job=$2;; esac
-  shift
-done
-control=$run/control/$job
-grep -qs '"slurm_job_id": ""' "$control"/slurm-owner-*.json && exit 93  # as the driver does
-echo "$SLURM_JOB_ID $job" >>"$run/started"
-[ -n "$SLURM_RESTART_COUNT" ] && rm -f "$control/ended.json"
-trap 'state=stopped code=85' TERM
-state=done code=0
-for _ in $(seq {tenths}); do sleep 0.1; [ $state = done ] || break; done
-[ -e "$control/cancel" ] && state=cancelled code=3
-words='"state": "'$state'", "exit_code": '$code', "reason": "", "step": 1'
-echo "{{$words, \\"at\\": $(date +%s)}}" >"$control/ended.$$"
-ln "$control/ended.$$" "$control/ended.json"; rm "$control/ended.$$"
-exit $code
+#!{python} -IS
+import os, signal, sys, time
+if sys.argv[1] == "-c":
+    sys.exit(0)
+given = dict(zip(sys.argv, sys.argv[1:]))
+run, job = given["--run-dir"], given["--job-id"]
+control = f"{{run}}/control/{{job}}/"
+owner, ended = control + "slurm-owner-0001.json", control + "ended.json"
+if os.path.exists(owner) and '"slurm_job_id": ""' in open(owner).read():
+    sys.exit(93)
+seen = []
+signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+with open(f"{{run}}/started", "a") as file:
+    print(os.environ["SLURM_JOB_ID"], job, file=file)
+if os.environ.get("SLURM_RESTART_COUNT") and os.path.exists(ended):
+    os.remove(ended)
+until = time.monotonic() + {seconds}
+while not seen and time.monotonic() < until:
+    time.sleep(0.1)
+cancelled = os.path.exists(control + "cancel")
+state, code = ("cancelled", 3) if cancelled else ("stopped", 85) if seen else ("done", 0)
+with open(control + "ended.new", "w") as file:
+    file.write(f'{{{{"state": "{{state}}", "exit_code": {{code}}, "reason": "", "step": 1, "at": {{time.time()}}}}}}')
+os.rename(control + "ended.new", ended)
+sys.exit(code)
 """
 
 
@@ -60,6 +70,6 @@ def write_wrappers(folder: Path) -> Path:
 
 
 def write_sleeper(path: Path, seconds: float) -> str:
-    path.write_text(_SLEEPER.format(tenths=int(seconds * 10)))
+    path.write_text(_SLEEPER.format(python=os.path.realpath(sys.executable), seconds=seconds))
     path.chmod(0o755)
     return str(path)
