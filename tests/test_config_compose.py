@@ -276,6 +276,24 @@ def test_node_shapes(nodes: int, gpus: int, cores: int, procs: Any, shape: tuple
     assert found == NodeShape(procs_per_node=shape[0], gpus_per_node=shape[1], threads_per_proc=shape[2])
 
 
+def test_what_a_node_may_use_of_this_machine() -> None:
+    def shape(**keys: Any) -> NodeShape:
+        return shape_nodes(replace(_with().cluster, nodes=2, **keys), gpus=8, cores=64)
+
+    assert shape(gpus_per_node=1) == NodeShape(procs_per_node=1, gpus_per_node=1, threads_per_proc=32)
+    assert shape(gpus_per_node=0) == NodeShape(procs_per_node=1, gpus_per_node=0, threads_per_proc=32)
+    assert shape(cpus_per_node=8) == NodeShape(procs_per_node=4, gpus_per_node=4, threads_per_proc=2)
+
+
+def test_what_this_machine_does_not_have_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"cluster.gpus_per_node: 900 on each of 2 nodes, but this machine has \d+ GPUs"
+    ):
+        _with("cluster.gpus_per_node=900", "cluster.nodes=2")
+    with pytest.raises(ConfigError, match=r"cluster.container: backend local starts no containers"):
+        _with("cluster.container={image: a.sif, runtime: apptainer}")
+
+
 def test_more_workers_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU 0: X (UUID: GPU-1)'\necho 'GPU 1: X (UUID: GPU-2)'\n")
