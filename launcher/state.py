@@ -58,8 +58,9 @@ def derive(facts: Facts) -> Derived:
         return Derived(state="requeued", reason=facts.words, seen_at=seen_at)
     starting = facts.status is None and facts.now - facts.submitted_at < STARTING_S
     if facts.backend == "alive" or starting:
-        reason = str(status.get("reason") or facts.words)
-        return Derived(state=last or "pending", reason=reason, seen_at=seen_at)
+        if last not in ACTIVE:  # none yet, or of the time before it was started again
+            return Derived(state="pending", reason=facts.words, seen_at=seen_at)
+        return Derived(state=last, reason=str(status.get("reason") or facts.words), seen_at=seen_at)
     return Derived(state="failed", reason=facts.words or "all nodes died without a word", seen_at=seen_at)
 
 

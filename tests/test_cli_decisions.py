@@ -120,6 +120,7 @@ OF_A_SCHEDULER: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str, st
     (ENDED, RUNNING, "alive", "RUNNING", "done", ""),
     (None, None, "alive", "waits for Priority", "pending", "waits for Priority"),
     (None, RUNNING, "alive", "", "running", ""),
+    (None, {**RUNNING, "state": "stopped", "reason": "asked to"}, "alive", "", "pending", ""),  # it was started again
     (None, RUNNING, "unknown", "no answer", "unknown", "no answer; last seen running"),
     (None, RUNNING, "gone", "Slurm ended it: OUT_OF_MEMORY", "failed", "Slurm ended it: OUT_OF_MEMORY"),
 ]
