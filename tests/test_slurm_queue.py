@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -247,6 +248,31 @@ def test_a_request_that_arrives_after_it_was_given_up_ends_by_itself(
 
 
 @pytest.mark.e2e
+def test_while_sbatch_lives_the_run_is_being_submitted_whoever_started_it(
+    launch: Launch, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python = write_sleeper(tmp_path / "sleeper", 60)
+    code = f"import slurmclient as c, pathlib; c.launch(pathlib.Path('run').absolute(), {python!r})"
+    environ = {**os.environ, "PYTHONPATH": str(Path(slurmclient.__file__).parent), "FAULT_SBATCH": "late"}
+    killed = subprocess.Popen([sys.executable, "-c", code], env=environ)
+    while not list(tmp_path.glob("run/control/*/slurm-intent.json")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    job = read_job(tmp_path / "run")
+    assert job is not None
+    assert read_status(job, look_for_checkpoint=False)["reason"] == "is being submitted"
+    assert slurmclient.launch(job.run.path, python) == exits.USAGE
+    deadline = time.monotonic() + 20
+    while "submitted" in read_status(job, look_for_checkpoint=False)["reason"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert state_of(job) in ("pending", "running")
+    assert [number_of(job)] == slurm.jobs()
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize("how", ["stop_controller", "hang_controller"])
 def test_a_silent_slurmctld_is_unknown_and_never_gone(launch: Launch, slurm: SlurmCluster, how: str) -> None:
     job = launch()
@@ -292,6 +318,16 @@ def test_a_job_that_was_cancelled_by_hand_says_so(launch: Launch, slurm: SlurmCl
     status = wait_for(job, "cancelled")
     assert "was cancelled (scancel)" in status["reason"] or status["step"] == 1  # or it could say so itself
     assert slurmclient.launch(job.run.path, job.plan.python) == 0
+
+
+@pytest.mark.e2e
+def test_a_job_that_died_without_a_word_has_slurms(launch: Launch, slurm: SlurmCluster) -> None:
+    job = launch()
+    slurm.wait_job(number_of(job), "RUNNING")
+    time.sleep(1.0)  # RUNNING comes before the script has begun
+    slurm.run("scancel", "--signal=KILL", "--batch", str(number_of(job)))
+    assert wait_for(job, "failed")["reason"].startswith(f"Slurm ended job {number_of(job)} (")
+    assert follow(job, PlainScreen(None, io.StringIO()), bookmark(job.run)) == exits.STOPPED
 
 
 @pytest.mark.e2e
