@@ -47,6 +47,9 @@ _ENDS = {
 }
 
 
+_NO_LOG = 53  # no signal of the kernel's: slurmd's word for it
+
+
 def waiting_words(job: JobRecord, now: float) -> str:
     """Why a pending job does not run, and when it is expected to."""
     said = f"Slurm job {job.job_id} {_why(job)}"
@@ -71,7 +74,9 @@ def _why(job: JobRecord) -> str:
 def ending_words(job: JobRecord) -> str:
     """How a job ended that could write nothing itself."""
     why = _ENDS.get(job.state)
-    if why is None and job.exit_signal:
+    if why is None and job.exit_signal == _NO_LOG:
+        why = "the node could not open the job's log. The run directory must lie on a disk that the nodes share"
+    elif why is None and job.exit_signal:
         why = f"its script was killed by signal {job.exit_signal}"
     elif why is None:
         why = f"its script ended with {job.exit_code}" + (f" ({job.reason})" if job.reason else "")

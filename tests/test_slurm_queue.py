@@ -100,6 +100,9 @@ def test_reasons_in_words(reason: str, words: str) -> None:
 def test_how_a_job_ended_in_words() -> None:
     assert "cluster.slurm.time" in ending_words(JobRecord(job_id=7, state="TIMEOUT"))
     assert "killed by signal 9" in ending_words(JobRecord(job_id=7, state="FAILED", exit_signal=9))
+    assert "must lie on a disk that the nodes share" in ending_words(
+        JobRecord(job_id=7, state="FAILED", exit_signal=53)
+    )
     assert "ended with 2" in ending_words(JobRecord(job_id=7, state="FAILED", exit_code=2))
 
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -271,9 +272,16 @@ def _is_taken(config: LaunchConfig) -> bool:
 
 
 def _dry_run(plan: JobPlan, settled: Settled, code: Bundle | None) -> int:
-    print("\n".join(f"# {line}" for line in header(plan, settled, code)))
-    print(get_backend(plan.backend).render(plan))
+    said = [f"# {line}" for words in header(plan, settled, code) for line in words.splitlines()]
+    print("\n".join(below_interpreter(said, get_backend(plan.backend).render(plan))))
     return exits.DONE
+
+
+def below_interpreter(comments: Sequence[str], artefact: str) -> list[str]:
+    """What sbatch or a shell takes must begin with its `#!` line."""
+    lines = artefact.split("\n")
+    first = 1 if lines[0].startswith("#!") else 0
+    return [*lines[:first], *comments, *lines[first:]]
 
 
 def _say_detached(job: Job) -> int:

@@ -1,0 +1,35 @@
+"""A Python for an ordinary user of the tests' cluster: this one where he can run it, else one of the system's with the
+same packages. A Python below /root, for example, only root can run."""
+
+from __future__ import annotations
+
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+from slurmcluster import SlurmCluster
+
+
+def python_of(cluster: SlurmCluster, user: str) -> Path:
+    """On the shared disk; below the user's home, where it is made. Skips the test where there is none."""
+    import pytest
+
+    # The shell in between: setpriv itself may still do what only root may.
+    trial = ["sh", "-c", 'exec "$0" -c "import encodings, sys; assert sys.prefix in sys.exec_prefix"']
+    if cluster.run(*trial, sys.executable, as_user=user, check=False).returncode == 0:
+        return Path(sys.executable)
+    system = Path(f"/usr/bin/python3.{sys.version_info[1]}")
+    folder = cluster.home(user) / ".venv"
+    made = system.exists() and subprocess.run([system, "-m", "venv", "--without-pip", folder], capture_output=True)
+    if not made or made.returncode != 0:
+        pytest.skip(f"an ordinary user can't run {sys.executable}: put it elsewhere, or: apt-get install {system.name}")
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in _packages()]
+    (packages / "as_the_tests.pth").write_text("".join(lines))
+    return folder / "bin" / "python"
+
+
+def _packages() -> list[str]:
+    """Folders whose .pth files count: those of an editable install are among them."""
+    return [path for path in dict.fromkeys([*site.getsitepackages(), *sys.path]) if path.endswith("site-packages")]
