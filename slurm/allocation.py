@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +17,14 @@ from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.cluster.interfaces import Interface
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.ports import PortRange, ports_of_no_connection
-from dtrain.cluster.procs import Liveness, ProcessId, clear_session, session_members
-from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic
+from dtrain.cluster.procs import Liveness, ProcessId
+from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic, write_once
 from dtrain.cluster.zygote import Zygote
 from dtrain.slurm import jobenv, node, owner
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.driver import begin
 from dtrain.slurm.jobenv import SlurmJob, slurm_job
-from dtrain.slurm.steps import agent_script, list_steps, srun_log, start_step, step_argv, write_script
+from dtrain.slurm.steps import agent_script, end_srun, list_steps, srun_log, start_step, step_argv, write_script
 
 _FRESH_S = 10.0  # an age of status.json, which is written every second, that still tells of life
 _DEATH_S = 10.0  # for a step to be gone
@@ -80,13 +79,14 @@ class AllocationBackend:
     def state(self, plan: JobPlan, max_age_s: float = 0.0) -> Liveness:
         control = _control(plan)
         srun = _srun(control)
-        if srun is not None and srun.liveness() == "alive":
+        here: Liveness = "unknown" if srun is None else srun.liveness()
+        if here == "alive":
             return "alive"
         if control.ended.exists():
             return "gone"
         seen_at = (read_json(control.status) or {}).get("seen_at") or 0.0
-        if time.time() - seen_at < _FRESH_S:
-            return "alive"  # srun is gone or of another host, the agents are there
+        if here == "unknown" and time.time() - seen_at < _FRESH_S:
+            return "alive"  # srun is of another host; Slurm need not be asked
         try:
             return "alive" if self._steps(plan) else "gone"
         except (SlurmUnreachable, UsageError):
@@ -106,9 +106,14 @@ class AllocationBackend:
         pass
 
     def stop(self, plan: JobPlan) -> None:
-        for step in self._steps(plan):
-            with contextlib.suppress(SlurmRefused):  # it is over
-                ask("scancel", "--signal=TERM", step)
+        control = _control(plan)
+        mine = owner.newest_owner(control)
+        if mine is not None:
+            write_once(control.stop(mine.number), "asked for by a person", 0o600)
+        with contextlib.suppress(SlurmUnreachable):  # the coordinator finds the file, a moment later
+            for step in self._steps(plan):
+                with contextlib.suppress(SlurmRefused):  # it is over
+                    ask("scancel", "--signal=TERM", step)
 
     def kill(self, plan: JobPlan) -> None:
         with contextlib.suppress(SlurmUnreachable):
@@ -118,19 +123,8 @@ class AllocationBackend:
         deadline = time.monotonic() + _DEATH_S
         while self.state(plan) == "alive" and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        self._clear_srun(plan)
-
-    def _clear_srun(self, plan: JobPlan) -> None:
-        """One that waits for a lost node, or for a slurmctld that does not answer. SIGTERM has it end its step."""
-        srun = _srun(_control(plan))
-        if srun is None or srun.liveness() != "alive":
-            return
-        session = os.getsid(srun.pid)
-        for pid in session_members(session):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        time.sleep(_POLL_S)
-        clear_session(session, frozenset())
+        if (srun := _srun(_control(plan))) is not None:
+            end_srun(srun)
 
     def _steps(self, plan: JobPlan) -> list[str]:
         number = owner.slurm_job_id(_control(plan))

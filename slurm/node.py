@@ -6,7 +6,8 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.interfaces import LOOPBACK, Interface, list_interfaces, pick
@@ -14,9 +15,11 @@ from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
 from dtrain.slurm.jobenv import slurm_job
 from dtrain.slurm.owner import newest_owner
-from dtrain.slurm.steps import srun_log, start_step, step_argv
+from dtrain.slurm.steps import end_srun, srun_log, start_step, step_argv
 
 _SCONTROL_S = 5
+_START_S = 30.0  # for an agent to appear
+_POLL_S = 0.1
 
 
 def interface(plan: JobPlan) -> Interface:
@@ -91,9 +94,10 @@ def _is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def start_node(plan: JobPlan, node_rank: int) -> bool:
+def start_node(plan: JobPlan, node_rank: int, clock: Callable[[], float] = time.monotonic) -> bool:
     """Another agent on the machine of `node_rank`, inside the same allocation. Its predecessor, should it only sleep,
-    finds that the node is no longer its own. False where there is no srun: in a container's image."""
+    finds that the node is no longer its own. Returns when it has put itself down; False where it could not be started
+    in time, or there is no srun: in a container's image."""
     if shutil.which("srun") is None:
         return False
     control = RunDir(plan.run_dir).control(plan.job_id)
@@ -102,5 +106,14 @@ def start_node(plan: JobPlan, node_rank: int) -> bool:
         return False
     control.node(node_rank).unlink(missing_ok=True)
     argv = step_argv(plan, [owner.nodes[node_rank]], here.cpus_per_node, node_rank=node_rank, overlap=True)
-    start_step(argv, srun_log(plan), os.environ)
-    return True
+    srun = start_step(argv, srun_log(plan), os.environ)
+    deadline = clock() + _START_S
+    while srun.liveness() == "alive":
+        if control.node(node_rank).exists():
+            return True
+        if clock() > deadline:
+            if plan.setup:
+                return True  # which may take its time
+            end_srun(srun)
+        time.sleep(_POLL_S)
+    return control.node(node_rank).exists()

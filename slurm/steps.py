@@ -4,7 +4,10 @@ are pure; what is started outlives who started it, because a signal to the batch
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.nodescript import node_script
-from dtrain.cluster.procs import ProcessId
+from dtrain.cluster.procs import ProcessId, clear_session, session_members
 from dtrain.cluster.rundir import RunDir, read_json, write_atomic
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.container import python_folders, wrap
@@ -22,6 +25,8 @@ from dtrain.slurm.records import parse_scontrol
 
 _SILENCE_S = 5.0  # of the coordinator, which writes its status every second
 _LOOK_S = 5.0  # between two questions to Slurm
+_END_S = 2.0  # for srun to end its step
+_POLL_S = 0.05
 
 # srun answers SIGTERM by killing the step at once (22.05), where Slurm wants it to save and end; and which processes of
 # a job get that signal differs by Slurm's way of tracking them. So a shell that is deaf to it stands above srun, in a
@@ -102,6 +107,21 @@ def start_step(argv: Sequence[str], log: Path, environ: Mapping[str, str]) -> Pr
         start_new_session=True,
     )
     return ProcessId.of(int(started.stdout))
+
+
+def end_srun(above: ProcessId) -> None:
+    """For one that waits for a lost node, or for a slurmctld that does not answer. SIGTERM has it end its step; nothing
+    happens where it has ended."""
+    if above.liveness() != "alive":
+        return
+    session = os.getsid(above.pid)
+    for pid in session_members(session):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _END_S
+    while above.liveness() == "alive" and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    clear_session(session, frozenset())
 
 
 def is_over(slurm_job_id: str) -> bool:
