@@ -1,5 +1,5 @@
-"""`launch` where a Slurm allocation is already there, on a real cluster: it is used, kept, and usable afterwards. And what
-happens to agents inside a job: killed, cut off, begun anew."""
+"""`launch` where a Slurm allocation is already there, on a real cluster: it is used, kept, and usable afterwards. And
+what happens to agents inside a job: killed, cut off, begun anew."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def folder(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     for name, value in slurm.environ().items():
         monkeypatch.setenv(name, value)
     yield made
+    slurm.clear()
     shutil.rmtree(made)
 
 
@@ -226,4 +227,4 @@ def test_a_node_that_was_cut_off_has_no_part_in_the_next_start(slurm: SlurmClust
     wait_for_step(run, len(losses(run)) + 10)
     assert {record["attempt"] for record in list(read_jsonl(RunDir(run).metrics))[-10:]} == attempts
     assert len(agents(slurm, second.nodes[0])) == 1
-    slurm.run("scancel", str(number), str(slurm_job_of(run)), check=False)
+    slurm.run("scancel", "--quiet", str(number), str(slurm_job_of(run)), check=False)
