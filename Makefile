@@ -9,7 +9,7 @@ CODE := cluster launcher runtime slurm strategies tests examples benchmarks
 # Two at once at most: e2e tests start several processes each, and unit tests hardly gain from more.
 JOBS ?= 2
 
-.PHONY: help install demo test unit e2e check bench clean
+.PHONY: help install demo test unit e2e check check-style check-tests bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -32,9 +32,14 @@ e2e: install ## whole runs only; file by file, because a file's tests share the 
 	$(BIN)/pytest -m e2e -n $(JOBS) --dist loadfile
 
 check: install ## lint, format, types and the quick unit tests, in under two minutes
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target check-style check-tests
+
+check-style: # beside the tests, which wait more than they compute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-tests:
 	$(BIN)/pytest -m "not e2e and not slow" -n $(JOBS) -q
 
 bench: install ## the benchmarks, one after the other (minutes; quiet machine)

@@ -54,7 +54,7 @@ def isolated(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     home = tmp_path_factory.mktemp("home")
     temporary = Path(tempfile.mkdtemp(prefix="dt-"))
     test_id = uuid.uuid4().hex
-    before = (_own_processes(""), _listening(psutil.Process()), _repository_names())
+    before = (_pids(), _listening(psutil.Process()), _repository_names())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         patch.setenv(MARKER, test_id)
@@ -74,16 +74,33 @@ def isolated(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         pytest.fail("the test left behind:\n  " + "\n  ".join(leaks), pytrace=False)
 
 
-def _own_processes(test_id: str) -> dict[int, psutil.Process]:
-    """Live children of this process, and with a test_id every process, wherever it now hangs, that carries it."""
-    found = {child.pid: child for child in psutil.Process().children(recursive=True)}
-    if test_id:
-        mark = f"{MARKER}={test_id}".encode()
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError):
-                if process.pid != os.getpid() and mark in Path(f"/proc/{process.pid}/environ").read_bytes():
-                    found[process.pid] = process
-    return {pid: process for pid, process in found.items() if _matters(process)}
+def _pids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdecimal()}
+
+
+def _new_processes(test_id: str, before: set[int]) -> list[psutil.Process]:
+    """Live ones that the test has started: descendants of this process, and whatever carries its id, wherever it hangs
+    now. Only those that are new are looked at: to ask all of a machine's takes longer than most tests."""
+    mark = f"{MARKER}={test_id}".encode()
+    ours = _descendants(os.getpid())
+    found = []
+    for pid in _pids() - before:
+        with contextlib.suppress(OSError, psutil.Error):
+            if pid in ours or mark in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(psutil.Process(pid))
+    return [process for process in found if _matters(process)]
+
+
+def _descendants(pid: int) -> set[int]:
+    """By the kernel's own lists; by every process's parent where it keeps none (CONFIG_PROC_CHILDREN)."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+    found: set[int] = set()
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, thread.read_text().split()):
+                found |= {child} | _descendants(child)
+    return found
 
 
 def _matters(process: psutil.Process) -> bool:
@@ -94,12 +111,9 @@ def _matters(process: psutil.Process) -> bool:
         return False
 
 
-def _leaked_processes(test_id: str, before: dict[int, psutil.Process]) -> list[str]:
-    def left() -> list[psutil.Process]:
-        return [process for pid, process in _own_processes(test_id).items() if pid not in before]
-
-    _settle(lambda: not left())
-    leaked = left()
+def _leaked_processes(test_id: str, before: set[int]) -> list[str]:
+    _settle(lambda: not _new_processes(test_id, before))
+    leaked = _new_processes(test_id, before)
     words = []
     for process in leaked:
         with contextlib.suppress(psutil.Error):

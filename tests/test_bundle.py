@@ -352,6 +352,7 @@ def versions(folder: Path, attempt: int) -> str:
     return next(line.partition("] version ")[2] for line in log.splitlines() if "] version " in line)
 
 
+@pytest.mark.slow
 def test_what_the_targets_bring_in(toy: Path) -> None:
     config = load_config("toy.yaml")
     plan = make_plan(config, job_id="x", argv=(), cwd=str(toy))

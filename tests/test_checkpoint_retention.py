@@ -234,7 +234,10 @@ class Faulty(FileStorage):
             self._leave()
 
 
-@pytest.mark.parametrize("kind", ["before", "after", "error"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("after", "error")]
+
+
+@pytest.mark.parametrize("kind", ["before", *SLOW])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_at_any_operation_leaves_steps_that_load(tmp_path: Path, kind: str) -> None:
     """Save step 4 and keep two, with a fault at each storage operation in turn; then a new attempt goes on."""

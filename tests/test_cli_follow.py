@@ -169,6 +169,7 @@ def test_golden_plain_output(start: Start, run: RunDir) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_hang_is_said_once_and_again_after_twice_the_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "PATIENCE_S", 0.5)
     job, _ = start(HANGS)
@@ -183,6 +184,7 @@ def test_a_hang_is_said_once_and_again_after_twice_the_time(start: Start, monkey
     assert all(later >= 1.8 * earlier for earlier, later in itertools.pairwise(waits))
 
 
+@pytest.mark.slow
 def test_the_run_dies_without_a_word(start: Start) -> None:
     job, _ = start(DIES)
     (job.run.path / "logs").mkdir()
@@ -217,6 +219,7 @@ def read_until(descriptor: int, words: str, timeout_s: float = 120.0) -> str:
     raise AssertionError(f"{words!r} did not come, but: {text}")
 
 
+@pytest.mark.slow
 def test_first_ctrl_c_saves_and_ends_with_85(start: Start) -> None:
     job, agent = start(SAVES_ON_TERM)
     follower = attach(job, stdout=subprocess.PIPE)
@@ -233,6 +236,7 @@ def test_first_ctrl_c_saves_and_ends_with_85(start: Start) -> None:
     assert "continue:  dtrain launch toy.yaml" in said
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_kills(start: Start) -> None:
     job, agent = start(DEAF)
     follower = attach(job, stdout=subprocess.PIPE)
@@ -254,6 +258,7 @@ def test_second_ctrl_c_kills(start: Start) -> None:
     assert (ended["state"], ended["reason"], ended["step"]) == ("failed", "killed by Ctrl-C (second time)", 6)
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_leaves_is_waited_for(start: Start) -> None:
     """A process of the agent's session that outlives it, as a loader's does that is busy in the kernel."""
     child = "import os, subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1.5)'])\n"
@@ -266,6 +271,7 @@ def test_what_a_killed_worker_leaves_is_waited_for(start: Start) -> None:
     assert not session_members(agent.pid)
 
 
+@pytest.mark.slow
 def test_killing_the_follower_leaves_the_run(start: Start) -> None:
     job, agent = start(SAVES_ON_TERM)
     follower = attach(job, stdout=subprocess.PIPE)
@@ -278,6 +284,7 @@ def test_killing_the_follower_leaves_the_run(start: Start) -> None:
     assert job.backend_state() == "alive"
 
 
+@pytest.mark.slow
 def test_attach_to_a_run_that_is_over_gives_its_exit_code(start: Start) -> None:
     job, agent = start(HEAD + "end('failed', 93, 7, 'the same error twice')")
     agent.wait(timeout=90)
@@ -287,6 +294,7 @@ def test_attach_to_a_run_that_is_over_gives_its_exit_code(start: Start) -> None:
     assert "toy: failed: the same error twice" in said
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_with_events_above_it(start: Start) -> None:
     body = (
         HEAD

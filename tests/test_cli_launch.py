@@ -267,6 +267,7 @@ def test_the_check_of_targets_is_told_on_a_terminal_and_wiped_out(config: Path) 
     assert said.startswith(words + "\r\x1b[2K"), said
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_the_check_starts_nothing(config: Path, tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text("import time\ntime.sleep(60)\n" + LIGHT)
     process = start(config)

@@ -153,6 +153,7 @@ def test_a_crash_is_a_problem_of_its_target(tmp_path: Path) -> None:
     assert "importing mine.f ended its process: Segmentation fault" in problems[0].message
 
 
+@pytest.mark.slow
 def test_a_hang_ends_with_the_time_and_leaves_nothing(tmp_path: Path) -> None:
     # The grandchild must go, too: the fixture around every test looks for it.
     hang = "import subprocess, time\nsubprocess.Popen(['sleep', '300'])\ntime.sleep(300)\n"

@@ -31,6 +31,7 @@ def test_it_fits_a_page() -> None:
     assert "dtrain" not in (EXAMPLES / "gpt.py").read_text().split('"""')[2], "a user's code needs nothing of dtrain"
 
 
+@pytest.mark.slow
 def test_the_config_composes_and_names_real_code() -> None:
     config = load_config(CONFIG, [])
     assert (config.cluster.nodes, config.name) == (2, "bytes-gpt")

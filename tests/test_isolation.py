@@ -84,6 +84,7 @@ def test_a_leaked_process_is_ended(in_ci: str) -> None:
     assert ["sleep", "62.5"] not in commands
 
 
+@pytest.mark.slow
 def test_a_skip_is_a_skip_elsewhere(tmp_path: Path) -> None:
     output = run_pytest(tmp_path, ["skip", "skip_module"], ci=False)
     assert "2 skipped" in output

@@ -183,6 +183,7 @@ def problems(folder: Path, line: str, module: str = "", python: str = sys.execut
     return [(problem.where, problem.key, problem.message) for problem in found]
 
 
+@pytest.mark.slow
 def test_targets_are_imported_in_the_world_of_the_setup(tmp_path: Path) -> None:
     source = "import os\nassert os.environ['FROM_SETUP'] + os.environ['MORE'] == '12'"
     noisy = 'export MORE=2; echo \'{"refused": "x", "message": "y"}\'; cat'

@@ -42,11 +42,13 @@ def run_installed(wheel: zipfile.ZipFile, folder: Path, code: str) -> subprocess
     return subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_no_generic_top_level_name(wheel: zipfile.ZipFile) -> None:
     top = {name.split("/")[0] for name in wheel.namelist()}
     assert top == {"dtrain", next(name for name in top if name.endswith(".dist-info"))}
 
 
+@pytest.mark.slow
 def test_every_file_of_the_five_folders_is_in_it(wheel: zipfile.ZipFile) -> None:
     files = (path for folder in FOLDERS for path in (REPO / folder).rglob("*") if path.is_file())
     wanted = {f"dtrain/{path.relative_to(REPO)}" for path in files if "__pycache__" not in path.parts}
@@ -54,10 +56,12 @@ def test_every_file_of_the_five_folders_is_in_it(wheel: zipfile.ZipFile) -> None
     assert packed == wanted, "a data file is listed in pyproject.toml, tool.setuptools.package-data"
 
 
+@pytest.mark.slow
 def test_license_is_in_it(wheel: zipfile.ZipFile) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 
 
+@pytest.mark.slow
 def test_the_command_works_elsewhere(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     code = (
         "import dtrain.launcher.cli as cli\n"
@@ -71,6 +75,7 @@ def test_the_command_works_elsewhere(wheel: zipfile.ZipFile, tmp_path: Path) -> 
     assert "launch" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_console_script_names_it(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "dtrain = dtrain.launcher.cli:main" in wheel.read(name).decode()

@@ -110,6 +110,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_script_finds_what_torchrun_would_give_it(ranks: Ranks) -> None:
     (ranks.folder / "helper.py").write_text("WHO = 'the working directory, where a script does not look'\n")
     writes = "import pathlib; pathlib.Path(__file__).with_name('helper.py').write_text('WHO = 1')\n"

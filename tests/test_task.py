@@ -146,6 +146,7 @@ def hugging_face(name: str) -> Any:
 MODELS = ["gpt2", "llama", "bert", "bert classifier", "t5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_sum_over_two_uneven_halves_is_that_of_one_forward(tmp_path: Any, name: str) -> None:
     """So the default count is what the model's own loss is a mean over, and the mean is exact however it is cut."""
@@ -165,6 +166,7 @@ def test_the_sum_over_two_uneven_halves_is_that_of_one_forward(tmp_path: Any, na
     assert sums / counts == pytest.approx(model(**whole).loss.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_num_items_are_passed_where_the_forward_takes_them(name: str) -> None:
     assert takes_num_items(hugging_face(name))
