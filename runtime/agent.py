@@ -410,7 +410,8 @@ def _load_job(options: Options) -> Job:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk below the log must not end a job that trains
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -102,9 +102,9 @@ class Coordinator:
             decision = await self._lead()
             await self._end(decision)
         except Deposed as notice:
-            print(f"coordinator of term {self._term}: {notice}", file=sys.stderr)
+            _say(f"coordinator of term {self._term}: {notice}")
         except Exception as error:
-            traceback.print_exc()
+            _say(traceback.format_exc())
             with contextlib.suppress(Deposed, OSError):
                 await self._end(given_up(self._memory, error))
         finally:
@@ -167,7 +167,7 @@ class Coordinator:
         started = await in_background(lambda: self._job.backend.start_node(self._plan, node))
         self._missing_since[node] = time.monotonic()
         if started:
-            print(f"node {node} is started again", file=sys.stderr)
+            _say(f"node {node} is started again")
             return None
         return self._without(node, f"node {node} can't be reached")
 
@@ -442,4 +442,9 @@ class Coordinator:
 
 
 def _say_unwritten(error: OSError) -> None:
-    print(f"can't write: {error}", file=sys.stderr)
+    _say(f"can't write: {error}")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the log may lie on a full disk
+        print(text, file=sys.stderr, flush=True)

@@ -8,6 +8,8 @@ import json
 import os
 import secrets
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -269,3 +271,13 @@ def test_the_newest_term_counts(tmp_path: Path) -> None:
     newest = control.find_coordinator(files)
     assert newest is not None
     assert newest.term == 10_000
+
+
+def test_a_log_on_a_full_disk_ends_nothing() -> None:
+    program = (
+        "import sys; sys.stderr = open('/dev/full', 'w', buffering=1)\n"
+        "from dtrain.runtime import agent, coordinator\n"
+        "agent._say('x'); coordinator._say_unwritten(OSError(28, 'No space left on device')); agent._say('y')\n"
+        "import os; os._exit(7)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", program], check=False).returncode == 7
