@@ -78,8 +78,9 @@ def _gpus(environ: Mapping[str, str]) -> int:
 
 
 def step_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """What srun is started with: its own options come from the command line only."""
-    return {name: value for name, value in environ.items() if not _STEP_SHAPE.fullmatch(name)}
+    """What srun is started with: its own options come from the command line only. HOSTNAME, which Slurm puts into a
+    batch script's environment, would be the first node's on all of them, and is for each node's shell to set."""
+    return {name: value for name, value in environ.items() if not _STEP_SHAPE.fullmatch(name) and name != "HOSTNAME"}
 
 
 def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:

@@ -55,6 +55,7 @@ def agent_script(plan: JobPlan, agent_args: Sequence[str], *, stop: str = "") ->
     agent = (plan.python, "-P", "-m", "dtrain.runtime.agent", *where, *agent_args, "--node-rank")
     logs = RunDir(plan.run_dir).path / "logs"
     first = (
+        "export HOSTNAME\n"  # which this bash has found out
         'set -- "${1:-$SLURM_NODEID}"\n'
         f"exec >>{shlex.quote(str(logs))}/agent-$1.log 2>&1 </dev/null\n"
         f"cd {shlex.quote(plan.cwd)} 2>/dev/null || cd /\n"

@@ -136,6 +136,7 @@ def test_launch_and_plain_sbatch_give_the_numbers_of_one_machine(root_desk: Desk
     said = desk.run("launch", "--backend", "slurm", "--nodes", "4", "--name", "there", "toy.yaml")
     assert "there: 4 nodes x 1 process, CPU, slurm" in said
     assert [seen["host"] for seen in desk.seen(4)] == slurm.nodes
+    assert [seen["environ"]["HOSTNAME"] for seen in desk.seen(4)] == slurm.nodes  # type: ignore[index]
     kept = {"SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NAME", "SLURM_CONF"}
     place = re.compile(r"SLURM_(PROCID|LOCALID|NODEID|NTASKS|NPROCS|STEP|GTIDS|TASKS_PER_NODE|CPU_BIND|DIST)|SRUN_|PMI")
     for seen in desk.seen(4):

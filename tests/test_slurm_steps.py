@@ -97,7 +97,7 @@ def test_srun_hears_of_the_step_from_its_command_line_only() -> None:
         ["SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPU_BIND_LIST", "SLURM_GPUS"], "1"
     )
     kept = {"SLURM_JOB_ID": "17", "SLURM_CONF": "/c", "SLURM_JOB_NODELIST": "n", "PATH": "/bin"}
-    assert step_environ({**shape, **kept}) == kept
+    assert step_environ({**shape, **kept, "HOSTNAME": "node1"}) == kept
 
 
 def test_workers_are_not_tasks_of_the_step() -> None:
