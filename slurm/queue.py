@@ -62,7 +62,9 @@ def look(uid: int, *, max_age_s: float = 0.0, after: float = 0.0, clock: Callabl
 def _ask(uid: int, path: Path, clock: Callable[[], float]) -> Snapshot:
     asked_at = clock()
     try:
-        text = ask("squeue", "--all", "--noheader", f"--user={uid}", "--states=all", f"--format={SQUEUE_FORMAT}")
+        text = ask("squeue", "--all", f"--user={uid}", "--states=all", f"--format={SQUEUE_FORMAT}")
+        if not text.startswith("JOBID"):
+            raise SlurmUnreachable("squeue printed nothing, not even its header")  # which is not "no jobs"
         record = {"text": text, "asked_at": asked_at, "answered_at": clock()}
     except (SlurmUnreachable, SlurmRefused) as error:
         # A refusal is no answer either: nothing is taken for gone because squeue has changed its mind.

@@ -158,6 +158,8 @@ def _show(plan: JobPlan, number: str) -> JobRecord | None:
         if "nvalid job id" in str(error):
             return None
         raise SlurmUnreachable(str(error)) from error
+    if number and not records:
+        raise SlurmUnreachable("scontrol printed nothing")
     ours = _ours(plan, Snapshot(jobs=tuple(records)))
     return ours[-1] if ours else None
 

@@ -222,6 +222,17 @@ def test_a_job_whose_number_was_lost_is_found(
 
 
 @pytest.mark.e2e
+def test_a_squeue_that_prints_nothing_has_not_said_that_there_are_no_jobs(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = launch()
+    time.sleep(0.3)
+    with monkeypatch.context() as silent:
+        silent.setenv("FAULT_SQUEUE", "silent")
+        assert state_of(job) == "unknown"
+
+
+@pytest.mark.e2e
 def test_what_did_not_get_through_can_be_launched_again(
     launch: Launch, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
