@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -272,3 +273,18 @@ def test_what_sbatch_was_to_be_asked_gives_way_to_what_it_gave() -> None:
     fitted = fit(ClusterConfig(nodes=2, slurm=slurm), {}, ALLOCATION, whole=True)
     wanted = ("cluster.gpus_per_node=2", "cluster.slurm.gpus_per_node=2", "cluster.slurm.sbatch.gres=gpu:2")
     assert fitted.overrides == wanted
+
+
+def test_an_agent_of_an_earlier_start_ends(tmp_path: Path, control: Control) -> None:
+    """One that was cut off, and has no way to know what became of the job but this file."""
+    plan = replace(a_plan(tmp_path / "run", nodes=1), backend="local", workers="exec", python=sys.executable)
+    RunDir(plan.run_dir).job.write_text(json.dumps(plan.to_json()))
+    control.token.write_text("ab" * 32)
+    control.incarnation.write_text("2")
+    where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id, "--node-rank", "0", "--incarnation", "1")
+    argv = [sys.executable, "-P", "-m", "dtrain.runtime.agent", *where]
+    agent = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert agent.returncode == 1
+    assert "the job was started anew; node 0 of its earlier start ends" in agent.stderr
+    assert not control.node(0).exists()
+    assert not control.coordinator(1).exists()
