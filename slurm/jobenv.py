@@ -26,6 +26,9 @@ _TASK_PLACE = re.compile(
 )
 
 
+_PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmJob:
     """The allocation around this process."""
@@ -79,8 +82,10 @@ def _gpus(environ: Mapping[str, str]) -> int:
 
 def step_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """What srun is started with: its own options come from the command line only. HOSTNAME, which Slurm puts into a
-    batch script's environment, would be the first node's on all of them, and is for each node's shell to set."""
-    return {name: value for name, value in environ.items() if not _STEP_SHAPE.fullmatch(name) and name != "HOSTNAME"}
+    batch script's environment, would be the first node's on all of them, and is for each node's shell to set. A job
+    submitted with --export=NONE has no PATH, by which srun finds bash."""
+    kept = {name: value for name, value in environ.items() if not _STEP_SHAPE.fullmatch(name) and name != "HOSTNAME"}
+    return {"PATH": _PATH, **kept}
 
 
 def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:

@@ -99,6 +99,7 @@ def test_srun_hears_of_the_step_from_its_command_line_only() -> None:
     )
     kept = {"SLURM_JOB_ID": "17", "SLURM_CONF": "/c", "SLURM_JOB_NODELIST": "n", "PATH": "/bin"}
     assert step_environ({**shape, **kept, "HOSTNAME": "node1"}) == kept
+    assert "/bin" in step_environ({"SLURM_JOB_ID": "17"})["PATH"]  # as after sbatch --export=NONE
 
 
 def test_workers_are_not_tasks_of_the_step() -> None:
