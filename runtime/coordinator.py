@@ -164,10 +164,12 @@ class Coordinator:
         if self._starts[node] > _MAX_STARTS:
             reason = f"node {node} did not join after {_MAX_STARTS} starts; see logs/agent-{node}.log"
             return self._without(node, reason) or self._failed(reason)
+        had_come = self._control.node(node).exists()
         started = await in_background(lambda: self._job.backend.start_node(self._plan, node))
         self._missing_since[node] = time.monotonic()
         if started:
             _say(f"node {node} is started again")
+        if started or not had_come:  # one that never came may only be slow: it is given its time
             return None
         return self._without(node, f"node {node} can't be reached")
 
@@ -325,12 +327,12 @@ class Coordinator:
         self._status.end(str(record["state"]), str(record["reason"]))
         await self._save_status()
         self._roster.broadcast({"op": "end", "exit_code": record["exit_code"]})
-        self._job.backend.clear(self._plan)
         deadline = time.monotonic() + 2 * self._job.timings.kill_s
         while self._roster.members and (left := deadline - time.monotonic()) > 0:
             received = await self._next(left, ended=True)
             if received is not None and received[1].get("op") == "joined":  # it came while we were ending
                 self._roster.send(received[0], {"op": "end", "exit_code": record["exit_code"]})
+        await in_background(lambda: self._job.backend.clear(self._plan))
 
     async def _next(self, timeout_s: float, *, ended: bool = False) -> tuple[int, Message] | None:
         """The next message, after what concerns the whole job in it was done; None when none came in time."""

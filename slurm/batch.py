@@ -111,10 +111,10 @@ class BatchBackend:
         return node.start_node(plan, node_rank)
 
     def clear(self, plan: JobPlan) -> None:
-        pass  # what is left of the job ends with its allocation
+        node.clear(plan)
 
     def give_back(self, plan: JobPlan, nodes: Sequence[int], reason: str) -> bool:
-        return False
+        return node.give_back(plan, nodes, reason)
 
     def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
         return jobenv.worker_environ(environ)

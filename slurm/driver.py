@@ -30,7 +30,7 @@ from dtrain.slurm.stopping import Stopper
 
 _POLL_S = 0.5
 _AGAIN_S = 3.0  # times the deaths so far, before the agents are started again
-_LEAVE_S = 10.0  # for agents to leave after the job's end
+_LEAVE_S = 5.0  # for agents to leave after the job's end
 
 
 @dataclass(slots=True)

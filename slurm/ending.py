@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,12 @@ from pathlib import Path
 from dtrain.cluster import exits
 from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.rundir import Control, RunDir, append_event, read_json, write_atomic
+from dtrain.cluster.rundir import Control, RunDir, append_event, read_json, write_atomic, write_once
 from dtrain.slurm import badnodes, client
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.hostlist import compress, expand
 from dtrain.slurm.limits import parse_partitions
-from dtrain.slurm.owner import Owner, note_submission
+from dtrain.slurm.owner import Owner, newest_owner, note_submission
 from dtrain.slurm.records import SQUEUE_FORMAT, JobRecord, parse_squeue
 from dtrain.slurm.stopping import look, write_stopped
 from dtrain.slurm.stops import Ending, Facts, count_stalled, decide_end
@@ -35,6 +36,11 @@ def conclude(plan: JobPlan, owner: Owner, code: int, sleep: Callable[[float], No
         return code
     write_stopped(plan, "stopped; no agent could say why")
     control = RunDir(plan.run_dir).control(plan.job_id)
+    # Once a start of the job: a driver that was cut off with its node may wake up when others have done its part.
+    mark = control.path / f"slurm-end-{owner.number:04d}"
+    newest = newest_owner(control)
+    if newest != owner or not write_once(mark, socket.gethostname(), 0o600):
+        return code
     record = _look_long(owner.slurm_job_id, sleep)
     ending = decide_end(_facts(plan, control, owner, code, record))
     if ending.action == "requeue":
