@@ -63,6 +63,7 @@ class Agent:
         self._store: socket.socket | None = None  # for global rank 0
         self._attempt = 0
         self._heard_at = 0.0
+        self._out_of_reach = (0, 0.0)  # the term of a coordinator, and since when it can't be reached
         self._stop_count = 0
         self._stop_workers = False  # a stop that came while the workers were being started
 
@@ -163,14 +164,28 @@ class Agent:
                     return await self._introduce(await self._dial(address.addr, address.port))
                 except ControlError as error:
                     _say(f"term {term}: {error}")
+                except ConnectionRefusedError:
+                    pass  # it is gone
                 except (OSError, TimeoutError):
-                    pass  # it is gone, or will be known to be soon
+                    if await self._is_cut_off(term):
+                        continue
             # Low ranks first; whoever finds that another was faster joins that one.
             await asyncio.sleep(self._timings.claim_delay_s * self._options.node_rank)
             newest = find_coordinator(self._control)
             if (0 if newest is None else newest.term) == term and not self._control.ended.exists():
                 await self._claim(term + 1)
         return None
+
+    async def _is_cut_off(self, term: int) -> bool:
+        """Whether a coordinator that can't be reached is at work all the same, which the file system tells. As a rule
+        this node is the one that is cut off then, and will be replaced. Not for ever: it may be the coordinator."""
+        if self._out_of_reach[0] != term:
+            self._out_of_reach = (term, time.monotonic())
+        if time.monotonic() - self._out_of_reach[1] > 3 * self._timings.dead_after_s:
+            return False
+        before = read_json(self._control.status)
+        await asyncio.sleep(2 * self._timings.heartbeat_s)
+        return read_json(self._control.status) != before
 
     async def _dial(self, addr: str, port: int) -> Channel:
         return await connect(addr, port, self._job.token, self._timings.handshake_s)

@@ -1,0 +1,213 @@
+"""A run on a real Slurm that is stopped again and again, and that loses nodes, ends as if nothing had happened: the
+same numbers bit for bit, every sample once, nobody's help."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.cluster import exits
+from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
+
+sys.path.insert(0, str(Path(__file__).parent / "assets"))
+
+from slurmcluster import SlurmCluster
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+ASSETS = Path(__file__).parent / "assets"
+HANG_S = 150.0
+BATCH = 6
+
+
+class Run:
+    """One run of a counted training in `folder`. Its end is that of its control directory."""
+
+    def __init__(self, slurm: SlurmCluster, folder: Path, steps: int, /, **cluster: Any) -> None:
+        self.slurm = slurm
+        self.steps = steps
+        self.dir = folder / "run"
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        config = {
+            "name": "counted",
+            "run_dir": str(self.dir),
+            "model": {"_target_": "counted.Model"},
+            "loss": "counted.loss",
+            "data": {"train": {"_target_": "counted.Data", "size": steps * BATCH}, "batch_size": BATCH, "workers": 0},
+            "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.01},
+            "train": {"steps": steps, "seed": 3},
+            "checkpoint": {"keep": 2, "every": 5},
+            "cluster": {"backend": "slurm", "nodes": 2, **cluster},
+        }
+        (folder / "cfg.yaml").write_text(json.dumps(config))
+
+    def launch(self, *options: str, step_s: float = 0.1) -> None:
+        paths = os.pathsep.join([str(ASSETS), os.environ.get("PYTHONPATH", "")])
+        environ = {
+            **os.environ, **self.slurm.environ(), "COUNTED_STEP_S": str(step_s), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": paths,
+        }  # fmt: skip
+        dtrain = [sys.executable, "-P", "-m", "dtrain.launcher.cli", "launch", "cfg.yaml", *options]
+        subprocess.run(dtrain, cwd=self._folder, env=environ, check=True, timeout=HANG_S, stdout=subprocess.DEVNULL)
+
+    def wait(self, what: str, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + HANG_S
+        while not reached():
+            code = self.exit_code
+            if time.monotonic() > deadline or code not in (None, exits.STOPPED):
+                pytest.fail(f"exit code {code} before {what}\n{self.words()}")
+            time.sleep(0.1)
+
+    def wait_done(self) -> None:
+        self.wait("the end", lambda: self.exit_code == exits.DONE)
+
+    def wait_step(self, step: int) -> None:
+        self.wait(f"step {step}", lambda: self.step >= step)
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of its last word; a run that goes on after a stop has that put aside."""
+        found = [read_json(path) for path in self.dir.glob("control/*/ended.json")]
+        return int(found[0]["exit_code"]) if found and found[0] else None
+
+    @property
+    def step(self) -> int:
+        records = list(read_jsonl(RunDir(self.dir).metrics))
+        return int(records[-1]["step"]) if records else 0
+
+    def numbers(self) -> list[tuple[Any, ...]]:
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in read_jsonl(RunDir(self.dir).metrics)]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in read_jsonl(RunDir(self.dir).events) if event["type"] == kind]
+
+    def samples(self) -> list[int]:
+        """Those that were trained on, in all starts of the run together."""
+        texts = [path.read_text() for path in self.dir.glob("samples-*.jsonl")]
+        return sorted(number for text in texts for line in text.splitlines() for number in json.loads(line))
+
+    def words(self) -> str:
+        logs = [path for path in self.dir.glob("logs/*") if path.is_file()]
+        return "".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in sorted(logs))
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path, slurm: SlurmCluster) -> Callable[[int], list[tuple[Any, ...]]]:
+    """The numbers of a run of so many steps on the local back end, at the same world size."""
+
+    def numbers(steps: int) -> list[tuple[Any, ...]]:
+        run = Run(slurm, tmp_path / "undisturbed", steps)
+        run.launch("--backend", "local", step_s=0.0)
+        return run.numbers()
+
+    return numbers
+
+
+@pytest.fixture
+def run(tmp_path: Path, slurm: SlurmCluster) -> Callable[..., Run]:
+    return lambda steps, **cluster: Run(slurm, tmp_path / "stopped", steps, **cluster)
+
+
+def stop_by_signal(run: Run) -> None:
+    (job,) = run.slurm.jobs()
+    run.slurm.run("scancel", "--batch", "--signal=USR1", str(job))
+
+
+def stop_by_step_signal(run: Run) -> None:
+    """As `sbatch --signal=USR2@60` sends it: every process of the tasks gets it, the driver does not."""
+    (job,) = run.slurm.jobs()
+    run.slurm.run("scancel", "--signal=USR2", str(job))
+
+
+def stop_one_worker(run: Run) -> None:
+    (found,) = (read_json(path) for path in run.dir.glob("control/*/status.json"))
+    assert found is not None
+    worker = found["workers"][-1]
+    run.slurm.on(worker["host"], "kill", f"-{signal.SIGTERM:d}", str(worker["pid"]))
+
+
+def preempt(run: Run) -> None:
+    run.slurm.submit("-pmain", "-N4", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
+
+
+def stop_and_go_on(run: Run, stop: Callable[[Run], None], times: int, every: int) -> list[float]:
+    """Seconds from each stop to the next step."""
+    seconds = []
+    for number in range(1, times + 1):
+        run.wait_step(number * every)
+        starts = len(run.events("requeued"))
+        stop(run)
+        began = time.monotonic()
+        run.wait("the restart", lambda starts=starts: len(run.events("requeued")) > starts)  # type: ignore[misc]
+        before = run.step
+        run.wait("the next step", lambda before=before: run.step > before)  # type: ignore[misc]
+        seconds.append(round(time.monotonic() - began, 1))
+    return seconds
+
+
+@pytest.mark.parametrize(
+    ("stop", "cluster", "times"),
+    [
+        (stop_by_signal, {"slurm": {"on_stop": "resubmit"}}, 4),
+        (stop_by_signal, {}, 2),
+        (stop_by_step_signal, {"slurm": {"on_stop": "resubmit"}}, 1),
+        (stop_one_worker, {"slurm": {"on_stop": "resubmit"}}, 1),
+        (preempt, {"slurm": {"partition": "low"}}, 1),
+        (preempt, {"slurm": {"partition": "lowgrace"}}, 1),
+    ],
+    ids=["resubmitted", "requeued", "tasks", "worker", "preempted", "grace"],
+)
+def test_ten_stops_leave_no_trace(
+    run: Callable[..., Run],
+    undisturbed: Callable[[int], list[tuple[Any, ...]]],
+    stop: Callable[[Run], None],
+    cluster: dict[str, Any],
+    times: int,
+) -> None:
+    """Ten in all. No step is lost or done twice: each start goes on at the step after the last."""
+    every = 8
+    stopped = run(times * every + 30, **cluster)  # a stop takes a moment to arrive
+    stopped.launch("--detach", step_s=0.2)
+    seconds = stop_and_go_on(stopped, stop, times, every)
+    stopped.wait_done()
+    print(f"\nfrom a stop to the next step: {seconds} s")
+    assert stopped.samples() == list(range(stopped.steps * BATCH))
+    assert stopped.numbers() == undisturbed(stopped.steps)
+
+
+def test_scancel_is_no_stop(run: Callable[..., Run], slurm: SlurmCluster) -> None:
+    cancelled = run(400)
+    cancelled.launch("--detach")
+    cancelled.wait_step(3)
+    (job,) = slurm.jobs()
+    slurm.run("scancel", str(job))
+    assert slurm.wait_job(job, "CANCELLED")["Restarts"] == "0"
+    (event,) = cancelled.events("slurm_end")
+    assert event["action"] == "finish"
+    assert "scancel" in event["reason"]
+
+
+@pytest.mark.parametrize("lost", ["node1", "node2"], ids=["batch-host", "other"])
+def test_a_lost_node_is_done_without(run: Callable[..., Run], slurm: SlurmCluster, lost: str) -> None:
+    """Either Slurm is faster, or the run is; it ends right in both cases."""
+    hit = run(60)
+    hit.launch("--detach")
+    hit.wait_step(12)
+    slurm.kill_node(lost)
+    began, before = time.monotonic(), hit.step
+    slurm.wait_state(lost, "down", "down*")
+    noticed_s = time.monotonic() - began
+    hit.wait("the next step", lambda: hit.step > before + 2)
+    print(f"\nfrom kill to next step {time.monotonic() - began:.1f} s; Slurm knew of it after {noticed_s:.1f} s")
+    hit.wait_done()
+    assert [number for number, *_ in hit.numbers()] == list(range(1, 61))
