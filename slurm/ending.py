@@ -20,6 +20,7 @@ from dtrain.slurm import badnodes, client
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.hostlist import compress, expand
 from dtrain.slurm.limits import parse_partitions
+from dtrain.slurm.options import submit_options
 from dtrain.slurm.owner import Owner, newest_owner, note_submission
 from dtrain.slurm.records import SQUEUE_FORMAT, JobRecord, parse_squeue
 from dtrain.slurm.stopping import look, write_stopped
@@ -156,8 +157,8 @@ def _resubmit(
             options.append(f"--dependency=afterany:{owner.slurm_job_id}")
         if names := _excluded(plan, record):
             options.append(f"--exclude={compress(names)}")
-        if record is not None and record.stdout:
-            options.append(f"--output={_pattern(record)}")
+        if record is not None and Path(record.stdout).parent == RunDir(plan.run_dir).path / "logs":
+            options += submit_options(plan)  # as launch has it; what a person submitted says itself where its log lies
         words = (plan.config, *plan.overrides) if '"$@"' in script.read_text() else ()
         number = _sbatch(plan, owner, [*options, str(script), *words], sleep)
     except (DtrainError, OSError) as error:
@@ -174,11 +175,6 @@ def _script(plan: JobPlan, owner: Owner) -> Path:
         text = ask("scontrol", "write", "batch_script", owner.slurm_job_id, "-")
         write_atomic(path, text, 0o600)
     return path
-
-
-def _pattern(record: JobRecord) -> str:
-    """The log of the job after this one, beside this one's: its number in the place of ours."""
-    return record.stdout.replace("%", "%%").replace(str(record.job_id), "%j")
 
 
 def _sbatch(plan: JobPlan, owner: Owner, words: list[str], sleep: Callable[[float], None]) -> str:
