@@ -121,9 +121,12 @@ def root_desk(slurm: SlurmCluster, tmp_path: Path) -> Desk:
 
 
 @pytest.fixture
-def desk(slurm: SlurmCluster) -> Desk:
-    """An ordinary user's, in whose home all is his own."""
-    made = Desk(slurm, slurm.home("nobody"), python_of(slurm, "nobody"), "nobody")
+def desk(slurm: SlurmCluster, root_desk: Desk) -> Desk:
+    """An ordinary user's, in whose home all is his own; root's where nobody else may read this checkout."""
+    python = python_of(slurm, "nobody")
+    if python is None:
+        return root_desk
+    made = Desk(slurm, slurm.home("nobody"), python, "nobody")
     slurm.run("chown", "-R", "nobody", str(made.folder))
     return made
 
@@ -208,7 +211,7 @@ def test_hostile_values_arrive_unchanged(desk: Desk, way: str) -> None:
         desk.run(*words, "--name", "odd.name_1-x")
     else:
         (desk.folder / "saved.sbatch").write_text(desk.run(*words, "--name", "odd.name_1-x", "--dry-run"))
-        job = desk.slurm.submit("saved.sbatch", as_user="nobody")
+        job = desk.slurm.submit("saved.sbatch", as_user=desk.user)
         state = desk.slurm.wait_job(job, "COMPLETED", "FAILED", timeout_s=LIMIT_S)
         assert state["JobState"] == "COMPLETED", sorted(desk.folder.rglob("*.out"))
     for seen in desk.seen(2):
@@ -226,9 +229,10 @@ def test_no_secret_is_left_anywhere(desk: Desk) -> None:
     and root's alone."""
     slurm = desk.slurm
     by_env, by_file = (f"c4n4ry {kind}/+?&= {os.urandom(6).hex()}" for kind in ("exported", "filed"))
-    (desk.folder / ".token").write_text(by_file + "\n")
-    (desk.folder / ".token").chmod(0o600)
-    slurm.run("chown", "nobody", str(desk.folder / ".token"))
+    token = (Path.home() if desk.user is None else desk.folder) / ".token"
+    token.write_text(by_file + "\n")
+    token.chmod(0o600)
+    slurm.run("chown", desk.user or "root", str(token))
     secrets = 'cluster.secrets=[CANARY_ENV, "CANARY_FILE=file:~/.token"]'
     words = ["launch", "--backend", "slurm", "--nodes", "2", "toy.yaml", secrets, "data.train.wait=true"]
     exported = {"CANARY_ENV": by_env}

@@ -11,13 +11,12 @@ from pathlib import Path
 from slurmcluster import SlurmCluster
 
 
-def python_of(cluster: SlurmCluster, user: str) -> Path:
-    """On the shared disk; below the user's home, where it is made. Skips the test where there is none."""
+def python_of(cluster: SlurmCluster, user: str) -> Path | None:
+    """On the shared disk; below the user's home, where it is made. None where he may not read the checkout or its
+    packages at all. Skips the test where there is no Python for him."""
     import pytest
 
-    # The shell in between: setpriv itself may still do what only root may.
-    trial = ["sh", "-c", 'exec "$0" -c "import encodings, sys; assert sys.prefix in sys.exec_prefix"']
-    if cluster.run(*trial, sys.executable, as_user=user, check=False).returncode == 0:
+    if _runs(cluster, user, Path(sys.executable)):
         return Path(sys.executable)
     system = Path(f"/usr/bin/python3.{sys.version_info[1]}")
     folder = cluster.home(user) / ".venv"
@@ -27,7 +26,15 @@ def python_of(cluster: SlurmCluster, user: str) -> Path:
     (packages,) = (folder / "lib").glob("python*/site-packages")
     lines = [f"import site; site.addsitedir({path!r})\n" for path in _packages()]
     (packages / "as_the_tests.pth").write_text("".join(lines))
-    return folder / "bin" / "python"
+    python = folder / "bin" / "python"
+    return python if _runs(cluster, user, python) else None
+
+
+def _runs(cluster: SlurmCluster, user: str, python: Path) -> bool:
+    # The shell in between: setpriv itself may still do what only root may.
+    program = "import dtrain.cluster.errors, fsspec, yaml"
+    trial = ["sh", "-c", f'exec "$0" -c "{program}"']
+    return cluster.run(*trial, str(python), as_user=user, check=False).returncode == 0
 
 
 def _packages() -> list[str]:
