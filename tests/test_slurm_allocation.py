@@ -163,6 +163,19 @@ def test_too_small_an_allocation_is_said(folder: Path, allocation: dict[str, str
     assert not (folder / "runs").exists()
 
 
+def test_submit_from_inside_makes_a_job_of_its_own(
+    slurm: SlurmCluster, folder: Path, allocation: dict[str, str]
+) -> None:
+    write_config(folder, 10)
+    launch = [*DTRAIN, "launch", "cfg.yaml", "--nodes", "2", "--name", "own", "--submit", "--detach"]
+    said = subprocess.run(launch, env=allocation, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    (number,) = set(slurm.jobs()) - {int(allocation["SLURM_JOB_ID"])}
+    assert f"Slurm job {number}" in said.stdout
+    assert slurm.wait_job(number, "COMPLETED", timeout_s=PATIENCE_S)["NumNodes"] == "2"
+    assert len(losses(folder / "runs/own")) == 10
+
+
 SCRIPT = f"""\
 #!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --time=10 --requeue --open-mode=append --output=slurm.out

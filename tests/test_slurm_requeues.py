@@ -64,8 +64,10 @@ class Run:
 
     def wait(self, what: str, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + HANG_S
-        while not reached():
-            code = self.exit_code
+        while True:
+            code = self.exit_code  # first: a run that ends now has reached what it was to reach
+            if reached():
+                return
             if time.monotonic() > deadline or code not in (None, exits.STOPPED):
                 pytest.fail(f"exit code {code} before {what}\n{self.words()}")
             time.sleep(0.1)
@@ -189,6 +191,36 @@ def test_scancel_is_no_stop(run: Callable[..., Run], slurm: SlurmCluster) -> Non
     (event,) = cancelled.events("slurm_end")
     assert event["action"] == "finish"
     assert "scancel" in event["reason"]
+
+
+def test_a_stop_during_setup_lines(run: Callable[..., Run], undisturbed: list[tuple[Any, ...]]) -> None:
+    """Before any Python of ours runs: the signal is kept, the job goes back and begins again."""
+    early = run(STEPS, setup=["sleep 5"], slurm={"on_stop": "resubmit"})
+    early.launch("--detach", step_s=0.0)
+    (job,) = early.slurm.jobs()
+    early.slurm.wait_job(job, "RUNNING")
+    time.sleep(2)  # a job is RUNNING up to a second before its script begins
+    stop_by_signal(early)
+    early.wait("the second start", lambda: bool(early.events("requeued")))
+    early.wait_done()
+    assert early.numbers() == undisturbed
+
+
+def test_slurmctld_may_die_while_a_run_trains(run: Callable[..., Run], undisturbed: list[tuple[Any, ...]]) -> None:
+    deaf = run(STEPS)
+    deaf.launch("--detach", step_s=0.1)
+    deaf.wait_step(10)
+    deaf.slurm.stop_controller(crash=True)
+    status = [sys.executable, "-P", "-m", "dtrain.launcher.cli", "status", str(deaf.dir), "--json"]
+    environ = {**os.environ, **deaf.slurm.environ()}
+    asked = subprocess.run(status, env=environ, capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert json.loads(asked.stdout)["state"] == "unknown"
+    assert asked.returncode == exits.UNKNOWN
+    deaf.wait_step(deaf.step + 20)
+    deaf.slurm.start_controller()
+    deaf.wait_done()
+    assert deaf.numbers() == undisturbed
+    assert deaf.events("requeued") == []
 
 
 @pytest.mark.parametrize("lost", ["node1", "node2"], ids=["batch-host", "other"])
