@@ -1,5 +1,6 @@
 """Buffers that a model changes while it trains (running statistics, codebooks) see each rank's own samples only. After
-a step all ranks take rank 0's, as torch's DistributedDataParallel does: the state that is saved is one state.
+a step all ranks take rank 0's, as torch's DistributedDataParallel does: the state that is saved is one state. In a
+pipeline each stage does so for itself.
 """
 
 from __future__ import annotations
@@ -10,21 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.runtime.ranks import Ranks
-from dtrain.strategies.state import persistent_buffers
+from dtrain.strategies.absent import is_absent
+from dtrain.strategies.degrees import Degrees
+from dtrain.strategies.state import buffer_places
 
 
 class SharedBuffers:
     """Costs nothing where a model has no persistent buffers, one small sum a step where none has changed."""
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self._ranks = ranks
-        kept = {name for name, _ in persistent_buffers(model)} if ranks.world_size > 1 else set()
-        self._places = [
-            (module, name)
-            for prefix, module in model.named_modules()
-            for name, _ in module.named_buffers(recurse=False)
-            if f"{prefix}.{name}".removeprefix(".") in kept
-        ]
+    def __init__(self, model: nn.Module, ranks: Ranks, degrees: Degrees) -> None:
+        """Collective."""
+        self._first, self._group = _stage(ranks.global_rank, degrees)
+        alone = ranks.world_size == degrees.pipeline
+        places = [] if alone else buffer_places(model).values()
+        self._places = [(module, name) for module, name in places if not is_absent(getattr(module, name))]
         self._seen = self._look()
 
     def share(self) -> None:
@@ -32,19 +32,21 @@ class SharedBuffers:
         if not self._places:
             return
         now = self._look()
+        # Modules, not tensors: a batch norm's kernel writes its statistics uncounted, the module counts its batches.
         touched = {
             module
             for (module, _), (tensor, version), (before, old) in zip(self._places, now, self._seen, strict=True)
-            if tensor is not before or version != old or _is_running(module)
+            if tensor is not before or version != old
         }
-        changed = [float(module in touched) for module, _ in self._places]
+        changed = torch.tensor([int(module in touched) for module, _ in self._places])
+        torch.distributed.all_reduce(changed, group=self._group)
         alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
-        for (tensor, _), ranks in zip(now, self._ranks.all_reduce(changed), strict=True):
+        for (tensor, _), ranks in zip(now, changed.tolist(), strict=True):
             if ranks:
                 alike[tensor.dtype, tensor.device].append(tensor.detach())
         for tensors in alike.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            torch.distributed.broadcast(flat, 0)
+            torch.distributed.broadcast(flat, self._first, group=self._group)
             for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
         self._seen = self._look()
@@ -55,6 +57,12 @@ class SharedBuffers:
         return [(tensor, tensor._version) for tensor in tensors]
 
 
-def _is_running(module: nn.Module) -> bool:
-    """Their kernels write running statistics without counting it as a write."""
-    return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.training
+def _stage(global_rank: int, degrees: Degrees) -> tuple[int, torch.distributed.ProcessGroup | None]:
+    """The first of the ranks that hold the same buffers, and their group; None: all. Collective."""
+    if degrees.pipeline == 1:
+        return 0, None
+    size = degrees.world_size // degrees.pipeline
+    stages = [list(range(first, first + size)) for first in range(0, degrees.world_size, size)]
+    groups = [torch.distributed.new_group(ranks) for ranks in stages]
+    mine = degrees.coordinate(global_rank)["pipeline"]
+    return stages[mine][0], groups[mine]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +19,21 @@ from dtrain.runtime.config import OptimizerConfig, RunConfig, TrainConfig
 from dtrain.runtime.data import seed_everything
 from dtrain.runtime.hfnames import Translate, names_from_files
 from dtrain.runtime.modelconfig import ModelConfig
+from dtrain.runtime.order import num_micro_batches, num_samples_at_once
 from dtrain.runtime.ranks import Ranks
-from dtrain.strategies.caps import Caps, refused
+from dtrain.strategies.caps import Caps, refused, refused_deferred
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.deferred import Deferred, Initial
+from dtrain.strategies.elementwise import is_elementwise
+from dtrain.strategies.exact import materialize_exact
+from dtrain.strategies.exactcheck import check_exact
 from dtrain.strategies.forwards import prepare_compiler, prepare_forwards
-from dtrain.strategies.layout import describe_copies
+from dtrain.strategies.layout import degrees_of, describe_copies
 from dtrain.strategies.lossscale import LossScale
-from dtrain.strategies.protocol import ModelSpec, Topology, Wrapped
+from dtrain.strategies.protocol import ModelSpec, Strategy, Topology, Wrapped
 from dtrain.strategies.registry import choose, get_strategy
 from dtrain.strategies.state import DTYPES, persistent_buffers
 from dtrain.strategies.units import units
-
-# Optimizers whose update of one element depends on that element alone; others see another tensor when it is cut.
-_NOT_ELEMENTWISE = {"LBFGS", "Adafactor", "Muon"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +41,18 @@ class Chosen:
     strategy: str
     why: str
     num_parameters: int
+    num_frozen: int  # of them
     names_from_files: Translate  # of the plain model: pretrained.py's, once it has been spread
     copies: str  # of a model that is cut, in words; "" where there is one, or none is cut
 
 
-def build_model(config: ModelConfig, seed: int) -> nn.Module:
-    """On CPU, the same bits on every rank. Raises UsageError for what is no module, or has nothing to train."""
+def build_model(config: ModelConfig, seed: int, deferred: Deferred | None = None) -> nn.Module:
+    """On CPU, the same bits on every rank; with `deferred` on paper. Raises UsageError for what is no module, or has
+    nothing to train."""
     seed_everything(seed)
     name = config.target.target
-    model = targets.build(config.target)
+    with deferred or nullcontext():
+        model = targets.build(config.target)
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: {name} returned {type(model).__name__}, not a torch.nn.Module")
     _freeze(model, config.frozen)
@@ -99,28 +106,89 @@ def build(config: RunConfig, strategy_config: StrategyConfig, ranks: Ranks, node
     topology = Topology(
         global_rank=ranks.global_rank, world_size=ranks.world_size, nodes=nodes, device_type=ranks.device.type
     )
-    model = build_model(config.model, config.train.seed)
+    deferred = Deferred() if config.model.deferred_init else None
+    model = build_model(config.model, config.train.seed, deferred)
+    initial = Initial(deferred, model) if deferred else None
     from_files = names_from_files(model)
     spec = _measure(model, strategy_config)
+    num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     name: str = strategy_config.name
     why = "asked for"
     if name == "auto":
         name, why = choose(spec, topology, device_memory_bytes(ranks))
+        strategy_config = replace(strategy_config, name=name)
     strategy = get_strategy(name)
-    problems = [*strategy.check(strategy_config, topology), *_unfit(strategy.caps, config, ranks.device.type, name)]
+    unfit = [
+        *strategy.check(strategy_config, topology),
+        *_unfit(strategy.caps, config, ranks.device.type, name, strategy_config.tensor),
+    ]
+    problems = [("strategy", message) for message in unfit] + _inexact(config, strategy_config, topology)
     if problems:
-        raise UsageError("\n".join(f"strategy: {problem}" for problem in problems))
+        raise UsageError("\n".join(f"{key}: {message}" for key, message in problems))
+    if deferred and (problem := refused_deferred(strategy_config, strategy.caps)):
+        raise UsageError(f"model.deferred_init: {problem}")
     _prepare(model, config.train, strategy_config, topology)
-    wrapped = strategy.materialize(
-        model, lambda m: make_optimizer(config.optimizer, m), strategy_config, topology, ranks.device
-    )
+    if strategy_config.pipeline > 1:
+        if initial:
+            initial.make_buffers(model)
+        wrapped = _pipeline(model, config, strategy_config, topology, ranks.device)
+    else:
+        wrapped = _materializer(strategy, config.train)(
+            model, lambda m: make_optimizer(config.optimizer, m), strategy_config, topology, ranks.device
+        )
+    if initial:
+        initial.fill(wrapped)
     if config.train.precision == "fp16":
         wrapped = replace(wrapped, loss_scale=LossScale())
-    copies = describe_copies(strategy_config, nodes, ranks.world_size) if name == "fsdp" else ""
+    copies = describe_copies(wrapped.degrees, nodes)
     chosen = Chosen(
-        strategy=name, why=why, num_parameters=spec.num_parameters, names_from_files=from_files, copies=copies
+        strategy=name,
+        why=why,
+        num_parameters=spec.num_parameters,
+        num_frozen=num_frozen,
+        names_from_files=from_files,
+        copies=copies,
     )
     return wrapped, chosen
+
+
+def _materializer(strategy: Strategy, train: TrainConfig) -> Callable[..., Wrapped]:
+    if train.exact is None:
+        return strategy.materialize
+    return partial(materialize_exact, num_shards=train.exact.shards)
+
+
+def _inexact(config: RunConfig, strategy: StrategyConfig, topology: Topology) -> list[tuple[str, str]]:
+    if config.train.exact is None:
+        return []
+    return check_exact(
+        strategy,
+        config.train.exact.shards,
+        world_size=topology.world_size,
+        batch_size=config.data.batch_size,
+        compiled=config.train.compile,
+    )
+
+
+def _pipeline(
+    model: nn.Module, config: RunConfig, strategy: StrategyConfig, topology: Topology, device: torch.device
+) -> Wrapped:
+    """The model in stages. Raises UsageError where it can't be cut so."""
+    from dtrain.runtime.example import example_forward  # and torch's pipelining only where it is used
+    from dtrain.strategies.pipeline import materialize
+
+    data_ranks = degrees_of(strategy, topology.world_size).data
+    samples = num_samples_at_once(config.data.batch_size, data_ranks, config.train.micro_batch)
+    example = example_forward(config, model, samples, device)
+    return materialize(
+        model,
+        lambda m: make_optimizer(config.optimizer, m),
+        strategy,
+        topology,
+        device,
+        example,
+        num_micro_batches(config.data.batch_size, data_ranks, config.train.micro_batch),
+    )
 
 
 def _prepare(model: nn.Module, train: TrainConfig, strategy: StrategyConfig, topology: Topology) -> None:
@@ -132,7 +200,7 @@ def _prepare(model: nn.Module, train: TrainConfig, strategy: StrategyConfig, top
         prepare_forwards(model, units(model, strategy.wrap), checkpointing=checkpointing, compiled=train.compile)
 
 
-def _unfit(caps: Caps, config: RunConfig, device_type: str, name: str) -> Sequence[str]:
+def _unfit(caps: Caps, config: RunConfig, device_type: str, name: str, tensor: int) -> Sequence[str]:
     problems = refused(
         name,
         caps,
@@ -140,13 +208,14 @@ def _unfit(caps: Caps, config: RunConfig, device_type: str, name: str) -> Sequen
         precision=config.train.precision,
         checkpointing=config.train.activation_checkpointing != "none",
         compiled=config.train.compile,
+        tensor=tensor,
     )
-    optimizer = targets.resolve(config.optimizer.target.target)
-    whole = getattr(optimizer, "elementwise", optimizer.__name__ not in _NOT_ELEMENTWISE) is False
-    if caps.elementwise_optimizer and whole:
+    whole = is_elementwise(targets.resolve(config.optimizer.target.target)) is False
+    if (caps.elementwise_optimizer or tensor > 1) and whole:
+        cutting = name if caps.elementwise_optimizer else f"tensor {tensor}"
         problems.append(
-            f"{name} cuts parameters into shards, and the update of {config.optimizer.target.target} is not "
-            "elementwise: it would change. Use ddp, or another optimizer"
+            f"{cutting} cuts parameters into shards, and the update of {config.optimizer.target.target} is not "
+            "elementwise: it would change. Use ddp without tensor, or another optimizer"
         )
     return problems
 

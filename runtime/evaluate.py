@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from dtrain.runtime.data import Source, seed_everything
 from dtrain.runtime.means import Means, sums_of
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.task import Task
-from dtrain.strategies.protocol import MicroBatch
+from dtrain.strategies.degrees import DataRank
+from dtrain.strategies.protocol import MicroBatch, Passes
 
 Metrics = Callable[[Any, Any], Any]  # (output, batch) -> {name: number or (sum, count)}
 
@@ -32,6 +34,8 @@ class Evaluation:
 
     make_source: Callable[[], Source]  # of one pass
     ranks: Ranks
+    data: DataRank
+    passes: Passes
     seed: int
     workers: int
     collate: Callable[[list[Any]], Any] | None
@@ -69,17 +73,18 @@ class Evaluation:
             if not samples_left:
                 break
             # A model may draw numbers in eval mode: the same ones in every evaluation, and when one is repeated.
-            seed_everything(self.seed, 0xE7A1, step, self.ranks.global_rank)
+            seed_everything(self.seed, 0xE7A1, step, self.data.rank)
             for micro in micro_batches:
                 with torch.no_grad(), self.autocast(), _naming(step, micro):
-                    means.add(self._measure(model, micro), counts=micro.weight > 0)
+                    measure = partial(self._measure, micro)
+                    found = self.passes.evaluate(model, micro, self.task.forward, measure)
+                    means.add(found, counts=micro.weight > 0 and self.data.counts)
         sums = means.reduce(self.ranks.all_reduce)
         if not sums.get("loss", (0.0, 0.0))[1]:
             raise UsageError("data.eval: the counts add up to 0 over the whole data set: nothing to take a mean over")
         return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
-    def _measure(self, model: nn.Module, micro: MicroBatch) -> dict[str, tuple[float, float]]:
-        output = self.task.forward(model, micro.batch, micro.count)
+    def _measure(self, micro: MicroBatch, output: Any) -> dict[str, tuple[float, float]]:
         total, count = self.task.loss(output, micro.batch, micro.count)
         own = sums_of(self.metrics(output, micro.batch), micro.count) if self.metrics else {}
         return {"loss": (float(total), count), **own}

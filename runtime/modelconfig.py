@@ -51,7 +51,7 @@ class InitConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """`{_target_: ..., width: ...}`: all but `init_from` and `frozen` is the target's."""
+    """`{_target_: ..., width: ...}`: all but `init_from`, `frozen` and `deferred_init` is the target's."""
 
     SHORT: ClassVar[str] = TARGET_KEY
 
@@ -61,6 +61,14 @@ class ModelConfig:
     )
     frozen: tuple[str, ...] = field(
         default=(), metadata={"doc": "patterns of parameters that are not trained, like `*.embed*`"}
+    )
+
+    deferred_init: bool = field(
+        default=False,
+        metadata={
+            "doc": "build the model without memory for its large tensors: each rank makes only the parts that it "
+            "holds, with the same bits (fsdp, tensor, pipeline: for a model that fits on no single rank)"
+        },
     )
 
     @classmethod
@@ -78,4 +86,6 @@ class ModelConfig:
     def to_plain(self) -> dict[str, Any]:
         """What nobody set is left out: a model's section is short."""
         init = {"init_from": plain(self.init_from)} if self.init_from else {}
-        return {**self.target.to_plain(), **init, **({"frozen": list(self.frozen)} if self.frozen else {})}
+        frozen = {"frozen": list(self.frozen)} if self.frozen else {}
+        deferred = {"deferred_init": True} if self.deferred_init else {}
+        return {**self.target.to_plain(), **init, **frozen, **deferred}

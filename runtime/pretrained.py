@@ -10,11 +10,10 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dtrain.cluster.errors import StorageError, UsageError
@@ -30,7 +29,8 @@ from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.weightfiles import StoredTensor, WeightFiles, find_weights
 from dtrain.runtime.weightmatch import Match, Wanted, match_weights
 from dtrain.strategies.boxes import Box, TensorSpec, whole
-from dtrain.strategies.state import describe
+from dtrain.strategies.protocol import State
+from dtrain.strategies.telling import broadcast_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,9 @@ class Initialized:
     unexpected: tuple[str, ...]
 
 
-def initialize(config: InitConfig, model: nn.Module, ranks: Ranks, translate: Translate = as_they_are) -> Initialized:
+def initialize(
+    config: InitConfig, model: nn.Module, state: State, ranks: Ranks, translate: Translate = as_they_are
+) -> Initialized:
     """Fills the parameters and persistent buffers of a model that a strategy has made ready. `translate`: what
     the names that config.map gives are in this model. Collective.
 
@@ -54,7 +56,7 @@ def initialize(config: InitConfig, model: nn.Module, ranks: Ranks, translate: Tr
     """
     started = time.monotonic()
     files = _find_together(config.url, ranks)
-    tensors = _model_tensors(model, ranks.world_size)
+    tensors = _model_tensors(model, state)
     match = match_weights([wanted for wanted, _, _ in tensors], files.tensors, config, translate)
     specs = [spec for _, spec, _ in tensors if spec.name in match.sources]
     requests = [
@@ -71,6 +73,7 @@ def initialize(config: InitConfig, model: nn.Module, ranks: Ranks, translate: Tr
         rank=ranks.global_rank,
         world_size=ranks.world_size,
     )
+    state.written()
     return Initialized(
         url=config.url,
         num_loaded=len(match.sources),
@@ -117,28 +120,31 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 Described = tuple[Wanted, TensorSpec, list[tuple[Box, Tensor]]]
 
 
-def _model_tensors(model: nn.Module, world_size: int) -> list[Described]:
+def _model_tensors(model: nn.Module, state: State) -> list[Described]:
     """Parameters and persistent buffers, each once: what is wanted, how it is spread, and this rank's boxes of it."""
-    names: dict[int, list[str]] = defaultdict(list)
-    tensors: dict[int, Tensor] = {}
-    kept = model.state_dict(keep_vars=True).keys()
-    buffers = [(name, tensor) for name, tensor in model.named_buffers(remove_duplicate=False) if name in kept]
-    everything = [*model.named_parameters(remove_duplicate=False), *buffers]
-    for name, tensor in everything:
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    names: dict[int, list[str]] = defaultdict(list)  # a tied tensor has several
+    for name, tensor in tensors.items():
         names[id(tensor)].append(name)
-        tensors[id(tensor)] = tensor
+    specs, local, _ = state.canonical()
     found = []
-    for key, tensor in tensors.items():
-        spec, boxes = describe(names[key][0], tensor.detach(), world_size)
-        found.append((Wanted(names=tuple(names[key]), dtype=spec.dtype, shape=spec.shape), spec, boxes))
+    for spec in specs:
+        kind, _, name = spec.name.partition(".")
+        if kind == "model":
+            known = tuple(names[id(tensors[name])]) if name in tensors else (name,)
+            wanted = Wanted(names=known, dtype=spec.dtype, shape=spec.shape)
+            found.append((wanted, replace(spec, name=known[0]), local.get(spec.name, [])))
     return found
 
 
 def _find_together(url: str, ranks: Ranks) -> WeightFiles:
-    """Rank 0 reads the headers, all get them: JSON, as CPU tensors. Raises on every rank what it raised."""
-    answer = _answer(url) if ranks.global_rank == 0 else b""
+    """Rank 0 reads the headers, all get them: JSON. Raises on every rank what it raised."""
+    answer = _answer(url) if ranks.global_rank == 0 else ""
     if ranks.world_size > 1:
-        answer = _broadcast(answer, ranks.global_rank)
+        answer = broadcast_text(answer, 0)
     said = json.loads(answer)
     if "problem" in said:
         raise (UsageError if said["usage"] else StorageError)(f"model.init_from: {said['problem']}")
@@ -148,20 +154,11 @@ def _find_together(url: str, ranks: Ranks) -> WeightFiles:
     return WeightFiles(url=said["url"], tensors=tensors)
 
 
-def _answer(url: str) -> bytes:
+def _answer(url: str) -> str:
     try:
-        return json.dumps(asdict(find_weights(url))).encode()
+        return json.dumps(asdict(find_weights(url)))
     except (UsageError, StorageError) as error:
-        return json.dumps({"problem": str(error), "usage": isinstance(error, UsageError)}).encode()
-
-
-def _broadcast(data: bytes, rank: int) -> bytes:
-    """Rank 0's bytes on every rank. Collective."""
-    size = torch.tensor(len(data))
-    dist.broadcast(size, 0)
-    buffer = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
-    dist.broadcast(buffer, 0)
-    return buffer.numpy().tobytes()
+        return json.dumps({"problem": str(error), "usage": isinstance(error, UsageError)})
 
 
 def _read_all(storage: Storage, match: Match, requests: Iterable[Request]) -> None:

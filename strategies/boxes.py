@@ -1,12 +1,14 @@
 """Box arithmetic: which part of a globally named tensor lies where. Torch-free and pure.
 
 A Box is a hyper-rectangle of a global tensor. A Layout says how a tensor is cut into a grid of parts and which ranks
-hold a copy of each part; it is the same on every rank, so that saves are planned without talking.
+hold a copy of each part; Patches say the same box by box, where no grid describes it. Both are the same on every rank,
+so that saves are planned without talking.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -57,12 +59,58 @@ def grid_boxes(shape: tuple[int, ...], parts: tuple[int, ...]) -> list[Box]:
     return [Box(tuple(o for o, _ in cell), tuple(s for _, s in cell)) for cell in product(*axes)]
 
 
+def flat_boxes(shape: tuple[int, ...], begin: int, end: int) -> list[Box]:
+    """Elements [begin, end) of a tensor laid out row by row, as boxes in the order of the elements: at most two a dim,
+    less one. Cut off where the tensor ends, so that padding may be asked for."""
+    end = min(end, math.prod(shape))
+    if begin >= end:
+        return []
+    if not shape:
+        return [Box((), ())]
+    row = math.prod(shape[1:])
+    first, last = -(-begin // row), end // row  # the whole rows in between
+    if first > last:  # inside one row
+        return _in_row(shape, last, begin - last * row, end - last * row)
+    found = _in_row(shape, first - 1, begin - (first - 1) * row, row) if begin < first * row else []
+    if first < last:
+        found.append(Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return found + (_in_row(shape, last, 0, end - last * row) if end > last * row else [])
+
+
+def _in_row(shape: tuple[int, ...], row: int, begin: int, end: int) -> list[Box]:
+    return [Box((row, *box.offsets), (1, *box.shape)) for box in flat_boxes(shape[1:], begin, end)]
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """`parts` a dim (ceil-chunked); `owners[i]`: the global ranks that hold a copy of part i (row-major order)."""
 
     parts: tuple[int, ...]
     owners: tuple[tuple[int, ...], ...]
+
+    def cells(self, shape: tuple[int, ...]) -> Iterable[tuple[Box, tuple[int, ...]]]:
+        """Each part with its owners; boxes may be empty."""
+        return zip(grid_boxes(shape, self.parts), self.owners, strict=True)
+
+    @property
+    def holders(self) -> tuple[int, ...] | None:
+        """The ranks that hold all of it; None where it is cut."""
+        return self.owners[0] if len(self.owners) == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """Boxes one by one, each with the global ranks that hold a copy of it. They cover the tensor, once; empty ones are
+    left out."""
+
+    boxes: tuple[tuple[Box, tuple[int, ...]], ...]
+
+    def cells(self, shape: tuple[int, ...]) -> Iterable[tuple[Box, tuple[int, ...]]]:
+        return self.boxes
+
+    @property
+    def holders(self) -> tuple[int, ...] | None:
+        return None
 
 
 @cache  # one object for all tensors alike: planning remembers what it knows of a layout
@@ -86,4 +134,4 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    layout: Layout
+    layout: Layout | Patches

@@ -1,25 +1,39 @@
 """Replicated data parallelism: every rank holds the whole model, gradients are summed in buckets during backward.
 
 Not torch's DistributedDataParallel: that rebuilds its buckets after the first step, so a run resumed at 3 or more ranks
-sums in another order than the one it continues, and differs in the last bits. Here the buckets never change.
+sums in another order than the one it continues, and differs in the last bits. Here the buckets never change. With
+`tensor` every copy is cut over neighbouring ranks, and each of them sums its part with those that hold the same one.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dtrain.cluster.errors import UsageError
+from dtrain.strategies.buckets import split_into_buckets
 from dtrain.strategies.caps import CAPS
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.protocol import MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, whole_model
-
-BUCKET_BYTES = 25 << 20  # DDP's default; the first bucket is small so that communication starts early
-FIRST_BUCKET_BYTES = 1 << 20
+from dtrain.strategies.deferred import place
+from dtrain.strategies.layout import check_layout, degrees_of
+from dtrain.strategies.mesh import group_of, make_mesh
+from dtrain.strategies.protocol import (
+    GradientSync,
+    MakeOptimizer,
+    ModelSpec,
+    Prediction,
+    Topology,
+    Wrapped,
+    cut_over,
+    whole_model,
+)
+from dtrain.strategies.tensor import spread_over_tensor
+from dtrain.strategies.tensorgrads import OneCopy, as_gradient, own_part, part_of_gradient, sum_over_tensor
+from dtrain.strategies.wrapping import wrap
 
 
 class _Bucket:
@@ -27,14 +41,16 @@ class _Bucket:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = tuple(parameters)
-        sizes = [p.numel() for p in parameters]
-        first = parameters[0]
+        sizes = [own_part(p).numel() for p in parameters]
+        first = own_part(parameters[0])
         self.buffer = torch.zeros(sum(sizes) + len(sizes), dtype=first.dtype, device=first.device)
         *flat, self.produced = torch.split(self.buffer, [*sizes, len(sizes)])
-        self.views = tuple(_shaped_like(p, part) for part, p in zip(flat, parameters, strict=True))
+        self.views = tuple(_shaped_like(own_part(p), part) for part, p in zip(flat, parameters, strict=True))
         self.missing: set[int] = set()  # parameters without a gradient in this step so far
         self.pending: set[int] = set()  # parameters that the last micro-batch's backward has not reached
+        self.partial: set[int] = set()  # parameters of which every tensor rank has a summand of the gradient
         self.work: dist.Work | None = None
+        self._typed: dict[tuple[int, bool], Tensor] = {}  # made once: to make a DTensor costs as much as a layer's bias
 
     def reset(self) -> None:
         """The buffer is not zeroed: the first gradient of a step is copied over what lies there, which costs less than
@@ -43,15 +59,31 @@ class _Bucket:
             parameter.grad = None
         self.missing = set(range(len(self.parameters)))
         self.pending = set(self.missing)
+        self.partial.clear()
 
     def take(self, index: int) -> None:
         """The first gradient of a step moves into the buffer; what autograd adds later it adds there."""
         parameter, view = self.parameters[index], self.views[index]
         gradient = parameter.grad
         assert gradient is not None
-        view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-        parameter.grad = view
+        if isinstance(gradient, DTensor):
+            local, is_partial = part_of_gradient(gradient, parameter)
+            view.copy_(local)
+            if is_partial:
+                self.partial.add(index)
+            parameter.grad = self._as_gradient(index, partial=is_partial)
+        else:
+            view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+            parameter.grad = view
         self.missing.discard(index)
+
+    def sum_partial(self) -> None:
+        """Over the tensor ranks, before the sum over copies: other copies may not know that there are any."""
+        if self.partial:
+            indices = sorted(self.partial)
+            sum_over_tensor([self.parameters[i] for i in indices], [self.views[i] for i in indices])
+            for index in indices:
+                self.parameters[index].grad = self._as_gradient(index)
 
     def fill_gaps(self) -> None:
         """Says which parameters have a gradient here. The others' places are zeros, for the ranks that have one."""
@@ -67,7 +99,13 @@ class _Bucket:
         produced = self.produced.tolist()
         for index in self.missing:
             if produced[index]:
-                self.parameters[index].grad = self.views[index]
+                self.parameters[index].grad = self._as_gradient(index)
+
+    def _as_gradient(self, index: int, *, partial: bool = False) -> Tensor:
+        key = index, partial
+        if key not in self._typed:
+            self._typed[key] = as_gradient(self.views[index], self.parameters[index], partial=partial)
+        return self._typed[key]
 
 
 class BucketedAllReduce:
@@ -79,7 +117,9 @@ class BucketedAllReduce:
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
         self._group = group
         # Backward reaches the last registered parameters first.
-        self._buckets = [_Bucket(chunk) for chunk in _split([p for p in reversed(parameters) if p.requires_grad])]
+        learning = [parameter for parameter in reversed(parameters) if parameter.requires_grad]
+        chunks = split_into_buckets(learning, [own_part(parameter).numel() for parameter in learning])
+        self._buckets = [_Bucket(chunk) for chunk in chunks]
         self._next = 0
         self._last = False
         self._handles = [
@@ -95,6 +135,9 @@ class BucketedAllReduce:
 
     def begin(self, *, last: bool) -> None:
         self._last = last
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def settle(self) -> None:
         pass
@@ -130,6 +173,7 @@ class BucketedAllReduce:
         return hook
 
     def _reduce(self, bucket: _Bucket) -> None:
+        bucket.sum_partial()
         bucket.fill_gaps()
         bucket.work = dist.all_reduce(bucket.buffer, group=self._group, async_op=True)
         self._next += 1
@@ -140,32 +184,16 @@ def _shaped_like(parameter: Tensor, flat: Tensor) -> Tensor:
     return flat.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride(), flat.storage_offset())
 
 
-def _split(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Buckets of one dtype and device each, filled in order up to the limit."""
-    chunks: list[list[nn.Parameter]] = []
-    open_chunks: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    filled: dict[int, int] = defaultdict(int)
-    for parameter in parameters:
-        key = (parameter.dtype, parameter.device)
-        chunk = open_chunks.get(key)
-        limit = FIRST_BUCKET_BYTES if chunk is not None and chunk is chunks[0] else BUCKET_BYTES
-        if chunk is None or filled[id(chunk)] >= limit:
-            chunk = open_chunks[key] = []
-            chunks.append(chunk)
-        chunk.append(parameter)
-        filled[id(chunk)] += parameter.numel() * parameter.element_size()
-    return chunks
-
-
 class Ddp:
     name = "ddp"
     caps = CAPS["ddp"]
 
     def check(self, config: StrategyConfig, topology: Topology) -> Sequence[str]:
-        return ()
+        return [message for _, message in check_layout(config, topology.nodes, topology.world_size // topology.nodes)]
 
     def predict(self, model: ModelSpec, config: StrategyConfig, topology: Topology) -> Prediction:
-        return whole_model(model)
+        degrees = degrees_of(config, topology.world_size)
+        return cut_over(whole_model(model), degrees.tensor * degrees.pipeline)
 
     def materialize(
         self,
@@ -175,9 +203,19 @@ class Ddp:
         topology: Topology,
         device: torch.device,
     ) -> Wrapped:
-        model.to(device)
+        degrees = degrees_of(config, topology.world_size)
+        group: dist.ProcessGroup | None = None
+        notes: tuple[str, ...] = ()
+        if degrees.tensor > 1:
+            mesh = make_mesh(degrees, device.type, ("replicate",))
+            notes = spread_over_tensor(model, config, mesh, device)
+            group = group_of(mesh, "replicate")
+        place(model, device)
         optimizer = make_optimizer(model)
-        return Wrapped(module=model, optimizer=optimizer, sync=BucketedAllReduce(list(model.parameters())))
+        parameters = list(model.parameters())
+        alone = degrees.tensor == topology.world_size > 1  # no other copy to sum over
+        sync: GradientSync = OneCopy(parameters) if alone else BucketedAllReduce(parameters, group)
+        return wrap(model, optimizer, sync, degrees, global_rank=topology.global_rank, notes=notes)
 
 
 strategy = Ddp()

@@ -6,21 +6,27 @@ are several such copies of the model: gathering stays inside one, gradients are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.caps import CAPS
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.layout import check_layout, fsdp_degrees
-from dtrain.strategies.protocol import MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
+from dtrain.strategies.deferred import place
+from dtrain.strategies.layout import check_layout, degrees_of
+from dtrain.strategies.mesh import make_mesh
+from dtrain.strategies.protocol import MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, cut_over
+from dtrain.strategies.tensor import spread_over_tensor
 from dtrain.strategies.units import units
+from dtrain.strategies.wrapping import wrap
 
 
 class ShardedGradients:
@@ -33,18 +39,21 @@ class ShardedGradients:
     def __init__(self, root: FSDPModule, optimizer: torch.optim.Optimizer) -> None:
         self._root = root
         self._optimizer = optimizer
-        self._units = [module for module in cast(nn.Module, root).modules() if isinstance(module, FSDPModule)]
         self._parameters = [p for p in cast(nn.Module, root).parameters() if p.requires_grad]
+        self._num_here = sum(isinstance(p, DTensor) for p in self._parameters)  # others lie in other stages
         self._produced: set[int] = set()  # indices of parameters that this rank has a gradient for
         root.set_reduce_scatter_unused_params(True)
-        self._watch()
+        watch_gathered(root, self._on_gradient)
 
     def begin(self, *, last: bool) -> None:
         self._root.set_requires_gradient_sync(last)
         self._root.set_is_last_backward(last)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def finish(self) -> bool:
-        return len(self._produced) < len(self._parameters)
+        return len(self._produced) < self._num_here
 
     def drop_unused(self) -> None:
         produced = torch.zeros(len(self._parameters), dtype=torch.int32)
@@ -59,30 +68,48 @@ class ShardedGradients:
         self._produced.clear()
 
     def settle(self) -> None:
-        for module in self._units:  # the root keeps its parameters for a backward
-            module.reshard()
+        reshard(self._root)
 
-    def _watch(self) -> None:
-        """Notes which parameters get a gradient. Gathered parameters are other tensors, which appear with the first
-        forward of their unit and stay the same afterwards."""
-        indices = {parameter: index for index, parameter in enumerate(self._parameters)}
-        for unit in self._units:
-            places = [
-                (module, name, indices[parameter])
-                for module in _own_modules(cast(nn.Module, unit))
-                for name, parameter in module.named_parameters(recurse=False)
-                if parameter in indices
-            ]
-            self._watch_unit(cast(nn.Module, unit), places)
+    def _on_gradient(self, index: int, _: torch.Tensor) -> None:
+        self._produced.add(index)
 
-    def _watch_unit(self, unit: nn.Module, places: Sequence[tuple[nn.Module, str, int]]) -> None:
-        def on_first_forward(*_: object) -> None:
-            first.remove()
-            gathered = {getattr(module, name): index for module, name, index in places}
-            for parameter, index in gathered.items():
-                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._produced.add(index))
 
-        first = unit.register_forward_pre_hook(on_first_forward)
+def units_of(root: FSDPModule) -> list[FSDPModule]:
+    return [module for module in cast(nn.Module, root).modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(root: FSDPModule) -> None:
+    """After a forward without a backward: the root keeps its parameters for one."""
+    for module in units_of(root):
+        module.reshard()
+
+
+def watch_gathered(root: FSDPModule, on_gradient: Callable[[int, torch.Tensor], None]) -> None:
+    """Calls it with (index among the parameters that require a gradient, the gathered parameter) whenever a backward
+    has made a gradient. Gathered parameters are other tensors, which appear with the first forward of their unit and
+    stay the same afterwards."""
+    parameters = [p for p in cast(nn.Module, root).parameters() if p.requires_grad]
+    indices = {parameter: index for index, parameter in enumerate(parameters)}
+    for unit in units_of(root):
+        places = [
+            (module, name, indices[parameter])
+            for module in _own_modules(cast(nn.Module, unit))
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter in indices
+        ]
+        _watch_unit(cast(nn.Module, unit), places, on_gradient)
+
+
+def _watch_unit(
+    unit: nn.Module, places: Sequence[tuple[nn.Module, str, int]], on_gradient: Callable[[int, torch.Tensor], None]
+) -> None:
+    def on_first_forward(*_: object) -> None:
+        first.remove()
+        gathered = {getattr(module, name): index for module, name, index in places}
+        for parameter, index in gathered.items():
+            parameter.register_post_accumulate_grad_hook(functools.partial(on_gradient, index))
+
+    first = unit.register_forward_pre_hook(on_first_forward)
 
 
 def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
@@ -117,12 +144,28 @@ def _check_parameters(model: nn.Module, wrapped: Sequence[tuple[str, nn.Module]]
             )
 
 
-def _mesh(config: StrategyConfig, world_size: int, device: torch.device) -> DeviceMesh:
-    """Ranks of one copy of the model are neighbours: a node's, where they fit into one."""
-    replicate, shard = fsdp_degrees(config, world_size)
-    if replicate == 1:
-        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+def spread(model: nn.Module, config: StrategyConfig, mesh: DeviceMesh, device: torch.device) -> FSDPModule:
+    """Cuts every unit's parameters over ("replicate",) "shard", in place. Collective. Raises UsageError."""
+    root = shard(model, units(model, config.wrap), mesh)
+    place(model, device)  # buffers; parameters are there already
+    return root
+
+
+def shard(
+    model: nn.Module,
+    wrapped: Sequence[tuple[str, nn.Module]],
+    mesh: DeviceMesh,
+    ignored: set[nn.Parameter] | None = None,
+) -> FSDPModule:
+    """In place: `wrapped` and the rest of the model are gathered as units. Raises UsageError."""
+    _check_parameters(model, wrapped)
+    for _, module in wrapped:
+        fully_shard(module, mesh=mesh, ignored_params=ignored)
+    root = fully_shard(model, mesh=mesh, ignored_params=ignored)  # the same object, its class extended in place
+    for unit in units_of(root):
+        unit.set_gradient_divide_factor(1.0)  # a plain sum: the loss is divided by the global count
+        unit.set_force_sum_reduction_for_comms(True)
+    return root
 
 
 class Fsdp:
@@ -133,13 +176,15 @@ class Fsdp:
         return [message for _, message in check_layout(config, topology.nodes, topology.world_size // topology.nodes)]
 
     def predict(self, model: ModelSpec, config: StrategyConfig, topology: Topology) -> Prediction:
-        _, ranks = fsdp_degrees(config, topology.world_size)
-        return Prediction(
+        degrees = degrees_of(config, topology.world_size)
+        ranks = degrees.shard
+        sharded = Prediction(
             parameters=-(-model.parameter_bytes // ranks),
             gradients=-(-model.parameter_bytes // ranks),
             optimizer=-(-model.optimizer_slots * model.parameter_bytes // ranks),
             transient=3 * model.largest_unit_bytes,  # one gathered, the next prefetched, one unsharded gradient
         )
+        return cut_over(sharded, degrees.tensor * degrees.pipeline)
 
     def materialize(
         self,
@@ -149,19 +194,16 @@ class Fsdp:
         topology: Topology,
         device: torch.device,
     ) -> Wrapped:
-        mesh = _mesh(config, topology.world_size, device)
-        wrapped = units(model, config.wrap)
-        _check_parameters(model, wrapped)
-        for _, module in wrapped:
-            fully_shard(module, mesh=mesh)
-        root = fully_shard(model, mesh=mesh)  # the same module object, its class extended in place
-        model.to(device)  # buffers; parameters are there already
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # a plain sum: the loss is divided by the global count
-                module.set_force_sum_reduction_for_comms(True)
+        degrees = degrees_of(config, topology.world_size)
+        mesh = make_mesh(degrees, device.type, ("shard",))  # ranks of one copy are neighbours
+        notes: tuple[str, ...] = ()
+        if degrees.tensor > 1:
+            notes = spread_over_tensor(model, config, mesh, device)
+            mesh = mesh["replicate", "shard"] if degrees.replicate > 1 else mesh["shard"]
+        root = spread(model, config, mesh, device)
         optimizer = make_optimizer(model)
-        return Wrapped(module=model, optimizer=optimizer, sync=ShardedGradients(root, optimizer))
+        sync = ShardedGradients(root, optimizer)
+        return wrap(model, optimizer, sync, degrees, global_rank=topology.global_rank, notes=notes)
 
 
 strategy = Fsdp()

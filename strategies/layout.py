@@ -6,83 +6,119 @@ import math
 from collections.abc import Mapping
 
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.degrees import AXES, Axis, Degrees
 
 KEY = "strategy"
+ZERO = ("zero1", "zero2", "zero3")
+
+# The axes that a strategy has, the one first that takes what the others leave open.
+_AXES: dict[str, tuple[Axis, ...]] = {
+    "single": (),
+    "ddp": ("replicate", "tensor", "pipeline"),
+    "fsdp": ("shard", "replicate", "tensor", "pipeline"),
+    "horovod": ("replicate",),
+    "zero1": ("shard",),
+    "zero2": ("shard",),
+    "zero3": ("shard",),
+}
+_NOT_ITS_OWN = {
+    "auto": "auto takes ddp or fsdp over all ranks. Leave it out, or name the strategy",
+    "single": "single has one rank. Leave it out",
+    "ddp": "ddp cuts nothing. Leave it out, or set name: fsdp",
+    "horovod": "horovod cuts nothing. Leave it out, or set name: fsdp",
+    **{name: f"{name} cuts over all ranks. Leave it out, or set name: fsdp" for name in ZERO},
+}
 
 
 def check_layout(strategy: StrategyConfig, nodes: int, procs_per_node: int) -> list[tuple[str, str]]:
     """(key, message) of everything that does not fit; empty where it does. The message holds the whole equation."""
     world_size = nodes * procs_per_node
     ranks = f"{nodes} {'node' if nodes == 1 else 'nodes'} x {procs_per_node} = {world_size}"
+    own, left_out = _AXES.get(strategy.name, ()), _degrees(StrategyConfig())
+    foreign = [
+        (f"{KEY}.{axis}", f"{axis} {degree} does not go with {strategy.name}: {_NOT_ITS_OWN[strategy.name]}.")
+        for axis, degree in _degrees(strategy).items()
+        if axis not in own and degree != left_out[axis]
+    ]
+    foreign += _without_tensor(strategy)
+    if strategy.offload != "none" and strategy.name not in ZERO:
+        message = f"{strategy.offload} does not go with {strategy.name}, only with {', '.join(ZERO)}."
+        foreign.append((f"{KEY}.offload", f"offload {message} Leave it out, or set name: zero3."))
     match strategy.name:
         case "auto":
-            return _foreign(strategy, ("replicate", "shard"), "auto chooses it. Leave it out, or name the strategy")
+            return foreign
         case "single":
             alone = [] if world_size == 1 else [(KEY, f"single = 1 rank, but {ranks}. {_ways_to_one_rank(nodes)}")]
-            return alone + _foreign(strategy, ("replicate", "shard"), "single has one rank. Leave it out")
-        case "ddp":
-            return _degree(strategy, "replicate", world_size, ranks) + _foreign(
-                strategy, ("shard",), "ddp cuts nothing. Leave it out, or set name: fsdp"
-            )
-        case "fsdp":
-            return _product(strategy, world_size, ranks)
+            return alone + foreign
+        case _:
+            return _product(strategy, world_size, ranks) + foreign
 
 
-def fsdp_degrees(strategy: StrategyConfig, world_size: int) -> tuple[int, int]:
-    """(replicate, shard) of a layout without problems: what one leaves open the other decides; all is sharded where
-    both do."""
-    if strategy.replicate != "auto":
-        return strategy.replicate, world_size // strategy.replicate
-    shard = world_size if strategy.shard == "auto" else strategy.shard
-    return world_size // shard, shard
+def degrees_of(strategy: StrategyConfig, world_size: int) -> Degrees:
+    """Of a layout without problems, its strategy chosen: what is left open takes what the others leave."""
+    own = {axis: degree for axis, degree in _degrees(strategy).items() if axis in _AXES[strategy.name]}
+    found = {axis: int(degree) for axis, degree in own.items() if degree != "auto"}
+    for axis in _AXES[strategy.name]:
+        found.setdefault(axis, world_size // math.prod(found.values()))
+    return Degrees(**found)
 
 
-def describe_copies(strategy: StrategyConfig, nodes: int, world_size: int) -> str:
+def describe_copies(degrees: Degrees, nodes: int) -> str:
     """ ", 2 copies, each cut over 4 ranks of a node", where a layout has several copies that are cut; else ""."""
-    replicate, shard = fsdp_degrees(strategy, world_size)
-    if 1 in (replicate, shard):
+    if 1 in (degrees.replicate, degrees.shard):
         return ""
-    inside = (world_size // nodes) % shard == 0
-    return f", {replicate} copies, each cut over {shard} ranks {'of a node' if inside else 'across nodes'}"
+    inside = (degrees.world_size // nodes) % degrees.shard == 0
+    return (
+        f", {degrees.replicate} copies, each cut over {degrees.shard} ranks {'of a node' if inside else 'across nodes'}"
+    )
+
+
+def _degrees(strategy: StrategyConfig) -> dict[Axis, int | str]:
+    """As asked for, outermost first."""
+    return {axis: getattr(strategy, axis) for axis in AXES}
 
 
 def _product(strategy: StrategyConfig, world_size: int, ranks: str) -> list[tuple[str, str]]:
-    degrees = {"replicate": strategy.replicate, "shard": strategy.shard}
-    equation = "strategy: fsdp " + " x ".join(f"{axis} {degree}" for axis, degree in degrees.items())
-    given = {axis: degree for axis, degree in degrees.items() if degree != "auto"}
+    left_out = _degrees(StrategyConfig())
+    own = {
+        axis: degree
+        for axis, degree in _degrees(strategy).items()
+        if axis in _AXES[strategy.name] and (degree, left_out[axis]) != (1, 1)
+    }
+    given = {axis: int(degree) for axis, degree in own.items() if degree != "auto"}
     product = math.prod(given.values())
-    if product == world_size or (len(given) < 2 and world_size % product == 0):
+    if product == world_size or (len(given) < len(own) and world_size % product == 0):
         return []
-    axis, degree = next(iter(given.items()))
-    if len(given) == 2:
+    equation = f"{strategy.name} " + " x ".join(f"{axis} {degree}" for axis, degree in own.items())
+    axis = next(axis for axis, degree in given.items() if degree != 1 or len(given) == 1 or product == 1)
+    if len(given) == len(own):
         unit = "rank" if product == 1 else "ranks"
         return [(f"{KEY}.{axis}", f"{equation} = {product} {unit}, but {ranks}. {_fitting(given, world_size)}")]
     divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
-    found = f"{equation}: {degree} does not divide {ranks} ranks."
-    return [(f"{KEY}.{axis}", f"{found} Set {axis} to one of {divisors}, or leave it out.")]
+    found = f"{equation}: {product} does not divide {ranks} ranks."
+    if len(given) == 1:
+        return [(f"{KEY}.{axis}", f"{found} Set {axis} to one of {divisors}, or leave it out.")]
+    return [(f"{KEY}.{axis}", f"{found} The product of {' and '.join(given)} must be one of {divisors}.")]
 
 
-def _fitting(degrees: Mapping[str, int], world_size: int) -> str:
-    """Which one degree to change, the other as it is; where neither divides the ranks, what to leave to auto."""
-    for axis, other in (("replicate", "shard"), ("shard", "replicate")):
-        if world_size % degrees[other] == 0:
-            return f"Set {axis}: {world_size // degrees[other]}, or leave it out."
-    return f"Neither divides {world_size}: leave both out, or set one that does."
+def _fitting(degrees: Mapping[Axis, int], world_size: int) -> str:
+    """Which one degree to change, the others as they are; where none does, what to leave to auto."""
+    for axis, degree in degrees.items():
+        others = math.prod(degrees.values()) // degree
+        if world_size % others == 0:
+            return f"Set {axis}: {world_size // others}, or leave it out."
+    nothing = "Neither divides" if len(degrees) == 2 else "No single change fits"
+    both = "both" if len(degrees) == 2 else "some"
+    return f"{nothing} {world_size}: leave {both} out, or set one that does."
 
 
-def _degree(strategy: StrategyConfig, axis: str, world_size: int, ranks: str) -> list[tuple[str, str]]:
-    degree = getattr(strategy, axis)
-    if degree in ("auto", world_size):
-        return []
-    unit = "rank" if degree == 1 else "ranks"
-    equation = f"strategy: {strategy.name} {axis} {degree} = {degree} {unit}, but {ranks}."
-    return [(f"{KEY}.{axis}", f"{equation} Set {axis}: {world_size}, or leave it out.")]
-
-
-def _foreign(strategy: StrategyConfig, keys: tuple[str, ...], reason: str) -> list[tuple[str, str]]:
-    given = [key for key in keys if getattr(strategy, key) != "auto"]
+def _without_tensor(strategy: StrategyConfig) -> list[tuple[str, str]]:
+    """What says how to cut where nothing is cut."""
+    given = {"tensor_plan": strategy.tensor_plan, "sequence_parallel": strategy.sequence_parallel}
     return [
-        (f"{KEY}.{key}", f"{key} {getattr(strategy, key)} does not go with {strategy.name}: {reason}.") for key in given
+        (f"{KEY}.{key}", f"{key} is given, but tensor is 1: nothing is cut. Set tensor: 2 or more, or leave {key} out.")
+        for key, value in given.items()
+        if value and strategy.tensor == 1
     ]
 
 

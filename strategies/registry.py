@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.config import StrategyConfig, StrategyName
 from dtrain.strategies.protocol import ModelSpec, Strategy, Topology
 
-_STRATEGIES = {
-    "single": "dtrain.strategies.single",
-    "ddp": "dtrain.strategies.ddp",
-    "fsdp": "dtrain.strategies.fsdp",
+_STRATEGIES = {  # module:name of the object
+    "single": "dtrain.strategies.single:strategy",
+    "ddp": "dtrain.strategies.ddp:strategy",
+    "fsdp": "dtrain.strategies.fsdp:strategy",
+    "horovod": "dtrain.strategies.horovod:strategy",
+    "zero1": "dtrain.strategies.zero:zero1",
+    "zero2": "dtrain.strategies.zero:zero2",
+    "zero3": "dtrain.strategies.zero:zero3",
 }
 
 # Activations, the allocator's slack and the framework itself want room too.
@@ -19,10 +23,11 @@ STATES_SHARE = 0.6
 
 
 def get_strategy(name: str) -> Strategy:
-    return cast(Strategy, importlib.import_module(_STRATEGIES[name]).strategy)
+    module, _, attribute = _STRATEGIES[name].partition(":")
+    return cast(Strategy, getattr(importlib.import_module(module), attribute))
 
 
-def choose(model: ModelSpec, topology: Topology, device_memory_bytes: int) -> tuple[str, str]:
+def choose(model: ModelSpec, topology: Topology, device_memory_bytes: int) -> tuple[StrategyName, str]:
     """The name that `strategy: auto` stands for, and why, in one sentence."""
     if topology.world_size == 1:
         return "single", "one rank"

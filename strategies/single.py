@@ -10,7 +10,10 @@ from torch import nn
 
 from dtrain.strategies.caps import CAPS
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.deferred import place
+from dtrain.strategies.degrees import Degrees
 from dtrain.strategies.protocol import MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped, whole_model
+from dtrain.strategies.wrapping import wrap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,9 @@ class LocalGradients:
 
     def begin(self, *, last: bool) -> None:
         pass
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def finish(self) -> bool:
         return False
@@ -55,9 +61,9 @@ class Single:
         topology: Topology,
         device: torch.device,
     ) -> Wrapped:
-        model.to(device)
+        place(model, device)
         optimizer = make_optimizer(model)
-        return Wrapped(module=model, optimizer=optimizer, sync=LocalGradients(optimizer=optimizer))
+        return wrap(model, optimizer, LocalGradients(optimizer=optimizer), Degrees(), global_rank=topology.global_rank)
 
 
 strategy = Single()

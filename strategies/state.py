@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from dtrain.cluster.errors import CheckpointError
-from dtrain.strategies.boxes import Box, Layout, TensorSpec, grid_boxes, replicated
-
-Local = dict[str, list[tuple[Box, Tensor]]]
-Reader = Callable[[Sequence[TensorSpec], Iterable[tuple[str, Box, Tensor]]], None]
+from dtrain.strategies.absent import is_absent
+from dtrain.strategies.boxes import Box, Layout, Patches, TensorSpec, replicated
+from dtrain.strategies.placement import dtensor_layout, local_boxes
+from dtrain.strategies.protocol import Local, Reader, Saved
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -34,6 +34,24 @@ DTYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnState:
+    """Of a module and an optimizer that hold their tensors themselves, plain or as DTensors."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    world_size: int
+
+    def canonical(self) -> tuple[list[TensorSpec], Local, dict[str, dict[str, Any]]]:
+        return canonical_state(self.model, self.optimizer, self.world_size)
+
+    def load(self, saved: Saved, values: Mapping[str, Mapping[str, Any]], read: Reader) -> None:
+        load_canonical(self.model, self.optimizer, saved, values, read, self.world_size)
+
+    def written(self) -> None:
+        pass
 
 
 def canonical_state(
@@ -56,10 +74,13 @@ def canonical_state(
 
 
 def _named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:
+    """Those that have values here: a pipeline's other stages have the rest."""
     for name, parameter in model.named_parameters():
-        yield f"model.{name}", parameter.detach()
+        if not is_absent(parameter):
+            yield f"model.{name}", parameter.detach()
     for name, buffer in persistent_buffers(model):
-        yield f"model.{name}", buffer
+        if not is_absent(buffer):
+            yield f"model.{name}", buffer
     for name, parameter in model.named_parameters():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if isinstance(value, Tensor):
@@ -71,45 +92,36 @@ def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
 
 
+def buffer_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Name -> (module, own name) of each persistent buffer: a model may put another tensor in its place."""
+    kept = {name for name, _ in persistent_buffers(model)}
+    return {
+        name: (module, own)
+        for prefix, module in model.named_modules()
+        for own, _ in module.named_buffers(recurse=False)
+        if (name := f"{prefix}.{own}".removeprefix(".")) in kept
+    }
+
+
 def describe(name: str, tensor: Tensor, world_size: int) -> tuple[TensorSpec, list[tuple[Box, Tensor]]]:
     """Where one tensor lies: its spec, and the boxes that this rank holds."""
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{name}: tensors of {tensor.dtype} can't be checkpointed")
     shape = tuple(tensor.shape)
+    layout: Layout | Patches
     if not isinstance(tensor, DTensor):
         layout = replicated(len(shape), world_size)
         boxes = [(Box((0,) * len(shape), shape), tensor)]
     else:
         layout = dtensor_layout(tensor)
-        rank = torch.distributed.get_rank()
-        cells = grid_boxes(shape, layout.parts)
-        (mine,) = (cell for cell, owners in zip(cells, layout.owners, strict=True) if rank in owners)
-        boxes = [(mine, tensor.to_local())]
+        boxes = local_boxes(tensor)
     return TensorSpec(name=name, dtype=DTYPES[tensor.dtype], shape=shape, layout=layout), boxes
-
-
-def dtensor_layout(tensor: DTensor) -> Layout:
-    """The grid that a DTensor's placements spell out over its mesh."""
-    mesh, placements = tensor.device_mesh, tensor.placements
-    shards = {p.dim: axis for axis, p in enumerate(placements) if isinstance(p, Shard)}
-    if any(type(p) not in (Shard, Replicate) for p in placements) or len(shards) < sum(
-        isinstance(p, Shard) for p in placements
-    ):
-        raise CheckpointError(f"no canonical layout for placements {placements}")
-    parts = tuple(mesh.size(shards[dim]) if dim in shards else 1 for dim in range(tensor.ndim))
-    owners = []
-    for cell in product(*(range(p) for p in parts)):
-        index: list[Any] = [slice(None)] * mesh.ndim
-        for dim, axis in shards.items():
-            index[axis] = cell[dim]
-        owners.append(tuple(mesh.mesh[tuple(index)].flatten().tolist()))
-    return Layout(parts, tuple(owners))
 
 
 def load_canonical(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    saved: Mapping[str, tuple[str, tuple[int, ...]]],  # name -> (dtype, global shape)
+    saved: Saved,
     values: Mapping[str, Mapping[str, Any]],
     read: Reader,
     world_size: int,
@@ -119,16 +131,21 @@ def load_canonical(
 
     Raises CheckpointError naming every tensor that is missing or does not fit.
     """
-    _make_optimizer_state(model, optimizer, saved, values)
+    make_optimizer_state({p: name for name, p in model.named_parameters()}, optimizer, saved, values, empty_state)
     specs, local, _ = canonical_state(model, optimizer, world_size)
+    check_fit(specs, saved)
+    read(specs, ((name, box, tensor) for name, boxes in local.items() for box, tensor in boxes if box.num_elements))
+
+
+def check_fit(specs: Sequence[TensorSpec], saved: Saved) -> None:
+    """Raises CheckpointError naming every tensor that is missing or does not fit."""
     problems = list(_mismatches(specs, saved))
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError("the checkpoint does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
-    read(specs, ((name, box, tensor) for name, boxes in local.items() for box, tensor in boxes if box.num_elements))
 
 
-def _mismatches(specs: Sequence[TensorSpec], saved: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterable[str]:
+def _mismatches(specs: Sequence[TensorSpec], saved: Saved) -> Iterable[str]:
     for spec in specs:
         if spec.name not in saved:
             yield f"{spec.name}: not in the checkpoint"
@@ -139,14 +156,15 @@ def _mismatches(specs: Sequence[TensorSpec], saved: Mapping[str, tuple[str, tupl
         yield f"{name}: in the checkpoint, not in this model or optimizer"
 
 
-def _make_optimizer_state(
-    model: nn.Module,
+def make_optimizer_state(
+    names: Mapping[nn.Parameter, str],
     optimizer: torch.optim.Optimizer,
-    saved: Mapping[str, tuple[str, tuple[int, ...]]],
+    saved: Saved,
     values: Mapping[str, Mapping[str, Any]],
+    empty: Callable[[nn.Parameter, str, torch.dtype, tuple[int, ...]], Tensor],
 ) -> None:
-    """Empty tensors for every saved optimizer state, in the layout of their parameter where the shapes agree."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    """Empty tensors for every saved optimizer state: empty(what the optimizer holds of a parameter, key, dtype, global
+    shape). `names`: of what it holds."""
     keys: dict[str, list[str]] = defaultdict(list)  # a state key holds no dot, a parameter's name may
     for name in saved:
         if name.startswith("optim."):
@@ -155,11 +173,13 @@ def _make_optimizer_state(
     state: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
+        if is_absent(parameter):
+            continue
         name = names[parameter]
         entry: dict[str, Any] = dict(values.get(name, {}))
         for key in keys[name]:
             dtype, shape = saved[f"optim.{name}.{key}"]
-            entry[key] = _empty(parameter, _TORCH_DTYPES[dtype], shape)
+            entry[key] = empty(parameter, key, _TORCH_DTYPES[dtype], shape)
         if entry:
             state[index] = entry
     # load_state_dict puts each value where the optimizer wants it (a fused Adam's step on the device, for one).
@@ -171,7 +191,8 @@ def _make_optimizer_state(
                 made[key] = made[key].to(wanted.dtype)
 
 
-def _empty(parameter: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def empty_state(parameter: Tensor, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """In the layout of the parameter where the shapes agree."""
     if shape and tuple(parameter.shape) == shape:
         return torch.zeros_like(parameter, dtype=dtype)
     return torch.zeros(shape, dtype=dtype)

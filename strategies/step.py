@@ -1,4 +1,4 @@
-"""One optimizer step over the micro-batches of a global batch: the part that all data-parallel strategies share.
+"""One optimizer step over the micro-batches of a global batch: what happens in which order, for all strategies.
 
 Each backward runs on sum / C, C the count over the whole global batch, and gradients are summed over ranks: the mean
 over the global batch is exact however the samples are spread over micro-batches and ranks.
@@ -7,15 +7,10 @@ over the global batch is exact however the samples are spread over micro-batches
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
+from collections.abc import Sequence
 
 from dtrain.cluster.errors import UsageError
-from dtrain.strategies.protocol import MicroBatch, StepOptions, StepResult, Wrapped
+from dtrain.strategies.protocol import AllReduce, MicroBatch, StepOptions, StepResult, Wrapped
 
 
 class NonFinite(ArithmeticError):
@@ -49,34 +44,54 @@ def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: Ste
     """
     wrapped.sync.zero()
     divisor = _divisor(wrapped, options)
-    loss_sum, true_count, bad = _accumulate(wrapped, micro_batches, options, divisor)
+    passed = wrapped.passes.train(wrapped, micro_batches, options, divisor)
     unused = wrapped.sync.finish()
-    loss_sum, true_count, num_bad, num_unused = options.all_reduce(
-        [loss_sum, true_count, float(bad is not None), float(unused)]
-    )
+    mine = [passed.loss_sum, passed.count] if wrapped.data.counts else [0.0, 0.0]
+    together = _Together(options.all_reduce, [*mine, float(passed.bad is not None), float(unused)])
+    own_norm = wrapped.update.norm(together)  # parameters that no rank used are zeros so far
+    loss_sum, true_count, num_bad, num_unused = together.sums()
     if not true_count:
         raise UsageError(
             "count: the counts of this step's micro-batches add up to 0 over all ranks: nothing to take a mean over"
         )
     loss = loss_sum / true_count
     if num_bad:
-        error = NonFinite("loss", loss, here=bad is not None, indices=bad.indices if bad else ())
+        indices = passed.bad.indices if passed.bad else ()
+        error = NonFinite("loss", loss, here=passed.bad is not None, indices=indices)
         return _skip(wrapped, loss, true_count, error)
 
     options.on_phase("optimizer")
     if num_unused:
         wrapped.sync.drop_unused()
-    gradients = [p.grad for group in wrapped.optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Where the loss says itself what it is a mean over, C was only a guess: put it right once, on the sums.
     correction = divisor / true_count
-    norm = _global_norm(gradients, options) * correction
+    norm = own_norm * correction
     if not math.isfinite(norm):
         return _skip(wrapped, loss, true_count, NonFinite("gradient norm", norm, here=True, indices=()))
-    factor = correction * _clip_coefficient(norm, options.clip_grad_norm)
-    if factor != 1.0 and gradients:
-        torch._foreach_mul_([_local(g) for g in gradients], factor)
-    wrapped.optimizer.step()
+    wrapped.update.apply(correction * _clip_coefficient(norm, options.clip_grad_norm))
     return _done(wrapped, loss, norm, true_count)
+
+
+class _Together:
+    """Sums over all ranks what is known before the gradient norm in one message with what the norm sums: to wait for
+    one more takes as long as many parameters' update."""
+
+    def __init__(self, all_reduce: AllReduce, known: Sequence[float]) -> None:
+        self._all_reduce = all_reduce
+        self._known = tuple(known)
+        self._sums: list[float] | None = None
+
+    def __call__(self, values: list[float]) -> list[float]:
+        """As AllReduce."""
+        if self._sums is not None:
+            return self._all_reduce(values)
+        sums = self._all_reduce([*self._known, *values])
+        self._sums = sums[: len(self._known)]
+        return sums[len(self._known) :]
+
+    def sums(self) -> list[float]:
+        """Of what is known; a message of its own where the norm has sent none. Collective."""
+        return self._sums if self._sums is not None else self._all_reduce(list(self._known))
 
 
 def _done(wrapped: Wrapped, loss: float, norm: float | None, count: float) -> StepResult:
@@ -99,71 +114,10 @@ def _skip(wrapped: Wrapped, loss: float, count: float, error: NonFinite) -> Step
     return result
 
 
-def _accumulate(
-    wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: StepOptions, divisor: float
-) -> tuple[float, float, MicroBatch | None]:
-    """This rank's sum of losses and counts, and its first micro-batch whose loss was not finite."""
-    sums: list[Tensor] = []
-    true_count = 0.0
-    for number, micro in enumerate(micro_batches, start=1):
-        wrapped.sync.begin(last=number == len(micro_batches))
-        options.on_phase("forward")
-        with options.autocast():
-            output = options.forward(wrapped.module, micro.batch, micro.count)
-            total, count = options.loss(output, micro.batch, micro.count)
-        if not total.requires_grad:
-            raise UsageError("loss: it does not depend on any parameter that requires a gradient")
-        if micro.weight == 0 or not count:
-            total, count = _silenced(output, total), 0.0
-        options.on_phase("backward")
-        (total / divisor).backward()  # type: ignore[no-untyped-call]
-        sums.append(total.detach().double())
-        true_count += count
-    values = torch.stack(sums).tolist()
-    bad = next((m for m, value in zip(micro_batches, values, strict=True) if not math.isfinite(value)), None)
-    return math.fsum(values) if bad is None else math.nan, true_count, bad
-
-
 def _divisor(wrapped: Wrapped, options: StepOptions) -> float:
     """C, over the loss scale. A guess of 0 that the loss then contradicts is as good as any other guess."""
     count = options.total_count or 1.0
     return count / wrapped.loss_scale.value if wrapped.loss_scale else count
-
-
-def _silenced(output: object, total: Tensor) -> Tensor:
-    """A loss of 0 whose backward brings exact zeros to the model. By where and a hook, not by 0 *: a mean over nothing
-    is NaN, and 0 * NaN would leak from it, forward or backward."""
-    for tensor in tree_leaves(output):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            tensor.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
-    return torch.where(torch.zeros_like(total, dtype=torch.bool), total, 0.0)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _global_norm(gradients: Iterable[Tensor], options: StepOptions) -> float:
-    """The 2-norm over all axes; a replicated or tied gradient counts once."""
-    whole: list[Tensor] = []  # the same on every rank
-    shards: list[Tensor] = []
-    copies: list[Tensor] = []  # shards that another rank counts
-    for gradient in gradients:
-        kind = whole if not isinstance(gradient, DTensor) else shards if _is_first_copy(gradient) else copies
-        kind.append(_local(gradient))
-    norm = float(torch.nn.utils.get_total_norm(whole)) if whole else 0.0
-    if not shards and not copies:
-        return norm
-    local = float(torch.nn.utils.get_total_norm(shards)) if shards else 0.0
-    (square,) = options.all_reduce([local * local])
-    return math.sqrt(norm * norm + square)
-
-
-def _is_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank is the first along every mesh axis over which `tensor` is replicated."""
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None
-    return all(c == 0 for c, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate())
 
 
 def _clip_coefficient(norm: float, limit: float | None) -> float:
