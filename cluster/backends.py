@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
 
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.interfaces import Interface
@@ -17,6 +18,23 @@ from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.ports import PortRange
 from dtrain.cluster.procs import Liveness
 from dtrain.cluster.zygote import Zygote
+
+NODE_FAILURES = 2  # of one node, after which a job had better do without it: in a row, or over the job's starts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What follows from a node that the job has to do without. replaced: the same node is being started on another
+    machine; rest: the others go on, in the same job; anew: the job ends, and is started anew without it; wait: the
+    engine still tries to give it; nothing: there is no other way."""
+
+    follows: Literal["replaced", "rest", "anew", "wait", "nothing"]
+    note: str = ""  # for the person
+
+
+def too_few(plan: JobPlan) -> str:
+    """The note of a loss that leaves a job with fewer nodes than its strategy can do with."""
+    return f" (with fewer nodes it can't go on: {plan.why_not_fewer.rstrip('.')})" if plan.why_not_fewer else ""
 
 
 class Backend(Protocol):
@@ -54,7 +72,7 @@ class Backend(Protocol):
         """Whether a job that stopped (85) may be started again under the same job id, without a person."""
 
     def hasten(self, plan: JobPlan) -> None:
-        """Called by followers while nothing runs: releases a restart that is only held back for a while."""
+        """Called for those who follow the run or launch it again: releases a restart that is only held for a while."""
 
     def stop(self, plan: JobPlan) -> None:
         """Asks the agents to save and end."""
@@ -68,8 +86,9 @@ class Backend(Protocol):
     def clear(self, plan: JobPlan) -> None:
         """Ends what is left of nodes in whose place others were started: a frozen node may wake up much later."""
 
-    def give_back(self, plan: JobPlan, nodes: Sequence[int], reason: str) -> bool:
-        """These node ranks can't be had again inside the job. True: it will be started anew without them."""
+    def lose_node(self, plan: JobPlan, node_rank: int, reason: str, *, enough: bool, alive: bool) -> Loss:
+        """The node can't be had again inside the job, or is `alive` and fails again and again. `enough`: the strategy
+        can run on the others."""
 
     def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
         """What workers may inherit of their agent's environment."""
@@ -85,6 +104,10 @@ IN_ALLOCATION = "slurm-allocation"  # `launch` inside of one; no config names it
 _BACKENDS = {
     "local": "dtrain.cluster.local:LocalBackend",
     "slurm": "dtrain.slurm.batch:BatchBackend",
+    "ray": "dtrain.cluster.ray.backend:RayBackend",
+    "ssh": "dtrain.cluster.ssh:SshBackend",
+    "mpi": "dtrain.cluster.mpi:MpiBackend",
+    "kubernetes": "dtrain.cluster.kubernetes.backend:KubernetesBackend",
     IN_ALLOCATION: "dtrain.slurm.allocation:AllocationBackend",
 }
 

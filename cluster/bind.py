@@ -1,8 +1,9 @@
 """A tree of Nodes -> frozen dataclasses, by their type hints; every problem with its file:line, key and a way out.
 
-A class with a notation of its own brings it along: `SHORT` is the key that a bare text stands for (`strategy: ddp` is
-`{name: ddp}`), `MARK` the key by which it is told from the other classes of a union, `Special` replaces the mapping of
-fields. Field metadata: doc, min, max (inclusive) and validate, a function that raises ValueError with what to do.
+A class with a notation of its own brings it along: `SHORT` is the key that a bare text (a number, where the key is
+a whole number) stands for (`strategy: ddp` is `{name: ddp}`), `MARK` the key by which it is told from the other
+classes of a union, `Special` replaces the mapping of fields. Field metadata: doc, min, max (inclusive) and validate, a
+function that raises ValueError with what to do.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -86,7 +87,8 @@ def _bind_fields(schema: Schema, node: Node, key: str, problems: list[Problem]) 
     assert isinstance(node.value, dict)
     for name, child in node.value.items():
         if name not in schema:
-            problems.append(Problem(where=child.where, key=_join(key, name), message=unknown_key(name, schema)))
+            message = unknown_key(name, schema, () if key else keys_below(name, schema))
+            problems.append(Problem(where=child.where, key=_join(key, name), message=message))
     values: dict[str, Any] = {}
     for name, spec in schema.items():
         if name in node.value:
@@ -103,11 +105,23 @@ def _bind_fields(schema: Schema, node: Node, key: str, problems: list[Problem]) 
     return values
 
 
-def unknown_key(name: str, valid: Iterable[str]) -> str:
-    """The message for a key that does not exist."""
-    near = nearest(name, valid)
+def unknown_key(name: str, valid: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
+    """The message for a key that does not exist; `elsewhere`: those that end in its name."""
+    near = " or ".join(elsewhere[:3]) or nearest(name, valid)
     hint = f"Did you mean {near}? " if near else ""
     return f"unknown key. {hint}Valid here: {', '.join(valid)}."
+
+
+def keys_below(name: str, schema: Schema) -> list[str]:
+    """The paths of the keys called `name` in the schema's sections: cluster.nodes for nodes."""
+    found = []
+    for section, spec in schema.items():
+        arms = [arm for arm in arms_of(spec.hint) if isinstance(arm, type)]
+        inner = [schema_of(arm) for arm in arms if dataclasses.is_dataclass(arm)]
+        for below in inner:
+            paths = [name] if name in below else keys_below(name, below)
+            found += [f"{section}.{path}" for path in paths]
+    return found
 
 
 def _bind_value(hint: Any, node: Node, key: str, metadata: Mapping[str, Any], problems: list[Problem]) -> Any:
@@ -213,7 +227,8 @@ def _bind_class(cls: Any, node: Node, key: str, problems: list[Problem]) -> Any:
         return MISSING
     if not isinstance(node.value, dict):
         short = getattr(cls, "SHORT", "")
-        return _mismatch(node, key, f"a mapping, or text for its {short}" if short else "a mapping", problems, ())
+        kind = "a number" if _is_number(cls, short) else "text"
+        return _mismatch(node, key, f"a mapping, or {kind} for its {short}" if short else "a mapping", problems, ())
     if issubclass(cls, Special):
         value, found = cls.from_node(node, key)
         problems += found
@@ -298,10 +313,14 @@ def _choose(classes: list[Any], node: Node) -> Any:
 
 
 def _expand_one(cls: Any, node: Node) -> Node:
-    short = getattr(cls, "SHORT", "")
-    if not short or not isinstance(node.value, str) or node.value.startswith("${"):
-        return node
-    return Node({short: node}, node.where, replaces=True)
+    short, value = getattr(cls, "SHORT", ""), node.value
+    text = isinstance(value, str) and not value.startswith("${")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and _is_number(cls, short)
+    return Node({short: node}, node.where, replaces=True) if short and (text or number) else node
+
+
+def _is_number(cls: Any, key: str) -> bool:
+    return not issubclass(cls, Special) and key in schema_of(cls) and schema_of(cls)[key].hint is int
 
 
 def expand_short_forms(schema: Schema, node: Node) -> Node:

@@ -78,14 +78,14 @@ class FileStorage:
                 return None
         if not stat.S_ISREG(status.st_mode):
             return None
-        return ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime)
+        return _info(key, status)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         directory, _, _ = prefix.rpartition("/")
         start = self._path(directory) if directory else self.root
         for path, key, status in _walk(start, f"{directory}/" if directory else ""):
             if key.startswith(prefix) and not _is_upload(path):
-                yield ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime)
+                yield _info(key, status)
 
     def list_dirs(self, prefix: str) -> Sequence[str]:
         check_directory(prefix)
@@ -220,6 +220,11 @@ def _root_of(url: str) -> Path:
     if not path or "\0" in path:
         raise UsageError(f"{url!r} names no directory")
     return Path(os.path.abspath(path))
+
+
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
+    version = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+    return ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime, version=version)
 
 
 def _is_upload(path: str) -> bool:

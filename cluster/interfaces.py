@@ -1,4 +1,5 @@
-"""This machine's network interfaces, and the one that `cluster.interface` means. Linux, standard library only."""
+"""This machine's network interfaces: the one that `cluster.interface` means, and the one on the way to another machine.
+Linux, standard library only."""
 
 from __future__ import annotations
 
@@ -71,3 +72,47 @@ def pick(asked: str, found: Sequence[Interface]) -> Interface:
             return interface
     what = f"no interface has an address in {asked}" if network is not None else f"there is no interface {asked}"
     raise UsageError(f"{what}. There are: {', '.join(map(str, found)) or 'none with an address'}.")
+
+
+def resolve(name: str) -> list[str]:
+    """The addresses of a host, as the system finds them; none for a name that it does not know."""
+    try:
+        answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM) if name else []
+    except OSError:
+        return []
+    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+
+
+def way_to(address: str) -> str:
+    """Our address on the way to another, "" where there is no way. Nothing is sent: connecting a UDP socket only asks
+    the routing table."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return ""
+
+
+def is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def facing(asked: str, own: Sequence[str], hosts: Sequence[str]) -> Interface:
+    """The one that `asked` means; auto: that of the first of our addresses in `own` that another machine can use, else
+    the one on the way to one of `hosts`; loopback where `own` is nothing else and no host is elsewhere. Raises
+    UsageError."""
+    found = list_interfaces()
+    if asked != "auto":
+        return pick(asked, found)
+    elsewhere = [address for host in hosts for address in resolve(host) if not is_loopback(address)]
+    for address in [*own, *map(way_to, elsewhere)]:
+        fitting = [one for one in found if one.address == address]
+        if fitting and not is_loopback(address):
+            return fitting[0]
+    if own and all(map(is_loopback, own)):
+        return LOOPBACK
+    raise UsageError(
+        "auto: this machine does not know at which of its addresses the others reach it. There are: "
+        f"{', '.join(map(str, found))}. Name one, or a range of addresses like 10.0.0.0/8."
+    )

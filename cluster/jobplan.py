@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from dtrain.cluster.kubernetesconfig import KubernetesConfig
+from dtrain.cluster.rayconfig import RayConfig
 from dtrain.cluster.slurmconfig import ContainerConfig, SlurmConfig
+from dtrain.cluster.sshconfig import SshConfig
 from dtrain.cluster.version import VERSION
 
 
@@ -14,7 +17,13 @@ from dtrain.cluster.version import VERSION
 class ClusterConfig:
     """The `cluster:` section: which engine starts the processes, and how many."""
 
-    backend: Literal["local", "slurm"] = field(default="local", metadata={"doc": "the engine that starts the nodes"})
+    backend: Literal["local", "slurm", "ray", "kubernetes", "ssh", "mpi", "auto"] = field(
+        default="local",
+        metadata={
+            "doc": "the engine that starts the nodes; auto: the Slurm job that this process is in, the machines of "
+            "cluster.ssh, RAY_ADDRESS, a Slurm that answers, else local; the launch says which and why"
+        },
+    )
     nodes: int = field(default=1, metadata={"doc": "nodes of the job; `launch --nodes N` overrides it", "min": 1})
     procs_per_node: int | Literal["auto"] = field(
         default="auto",
@@ -23,8 +32,8 @@ class ClusterConfig:
     gpus_per_node: int | Literal["auto"] = field(
         default="auto",
         metadata={
-            "doc": "GPUs that a node uses; auto: this machine's, shared out (local), or those that cluster.slurm asks "
-            "for (slurm)",
+            "doc": "GPUs that a node uses; auto: this machine's, shared out (local), as many as it has (ssh), or those "
+            "that cluster.slurm asks for (slurm); none (ray)",
             "min": 0,
         },
     )
@@ -78,6 +87,11 @@ class ClusterConfig:
         metadata={"doc": "first and last port to listen on, like [29400, 29499]; left out: any free one"},
     )
     slurm: SlurmConfig = field(default=SlurmConfig(), metadata={"doc": "what a Slurm job asks for"})
+    ray: RayConfig = field(default=RayConfig(), metadata={"doc": "where Ray is, what a node takes of it (backend ray)"})
+    ssh: SshConfig = field(default=SshConfig(), metadata={"doc": "the machines that ssh reaches (backend ssh)"})
+    kubernetes: KubernetesConfig = field(
+        default=KubernetesConfig(), metadata={"doc": "what the pods of a run are made of (backend kubernetes)"}
+    )
     container: ContainerConfig | None = field(
         default=None, metadata={"doc": "an image for the nodes' processes (backend slurm)"}
     )
@@ -88,7 +102,7 @@ class JobPlan:
     """One submission. `sys_path` goes in front of the workers' module search path, first entry first."""
 
     name: str
-    run_dir: str  # absolute
+    run_dir: str  # absolute, or a URL
     job_id: str
     backend: str
     nodes: int
@@ -108,6 +122,8 @@ class JobPlan:
     secrets: tuple[str, ...] = ()  # entries of cluster.secrets: cluster/secretrefs.py; never a value
     interface: str = "auto"
     port_range: tuple[int, int] | None = None  # first and last
+    fewer_nodes: tuple[int, ...] = ()  # numbers below `nodes` with which the run may go on where nodes are lost
+    why_not_fewer: str = ""  # why it can't with one node less
     version: str = VERSION  # of the submitting dtrain
     code_digest: str = ""  # sha256 of the archive in the run directory; "": the nodes use the code where it lies
     code_roots: dict[str, str] = field(default_factory=dict)  # folder in the archive -> of what it is a copy
@@ -116,10 +132,18 @@ class JobPlan:
     cpus_per_node: int = 0  # 0: what the scheduler gives
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     container: ContainerConfig | None = None
+    hosts: tuple[str, ...] = ()  # ssh: as it takes them, behind the first `nodes` spare ones; mpi: own names
+    ssh_options: tuple[str, ...] = ()
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.procs_per_node
+
+    def most_nodes(self, at_hand: int) -> int:
+        """With how many nodes an attempt runs where so many are at hand; 0: it can't."""
+        return max((number for number in (*self.fewer_nodes, self.nodes) if number <= at_hand), default=0)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,6 +154,8 @@ class JobPlan:
         known = {name: data[name] for name in JobPlan.__dataclass_fields__ if name in data}
         typed: dict[str, Any] = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         typed["slurm"] = SlurmConfig.from_json(data.get("slurm") or {})
+        typed["kubernetes"] = KubernetesConfig.from_json(data.get("kubernetes") or {})
+        typed["ray"] = RayConfig.from_json(data.get("ray") or {})
         if data.get("container") is not None:
             typed["container"] = ContainerConfig.from_json(data["container"])
         return JobPlan(**{**known, **typed})

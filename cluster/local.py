@@ -9,44 +9,41 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.cluster.agentcommand import AGENT
+from dtrain.cluster.agents import agents
+from dtrain.cluster.backends import Loss
 from dtrain.cluster.interfaces import LOOPBACK, Interface, list_interfaces, pick
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.nodescript import node_script
+from dtrain.cluster.mirror import VARIABLE
+from dtrain.cluster.nodescript import agent_argv, node_script
 from dtrain.cluster.ports import PortRange
 from dtrain.cluster.procs import Liveness, ProcessId, start_detached
 from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic
 from dtrain.cluster.scratch import sweep
+from dtrain.cluster.unscheduled import Unscheduled
 from dtrain.cluster.zygote import Zygote, ZygoteError
 
 _DEATH_S = 2.0  # for a killed process to be gone
 
-# -P: a folder `dtrain` in the working directory must not shadow the installed package.
-_AGENT = ("-P", "-m", "dtrain.runtime.agent")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalBackend:
+class LocalBackend(Unscheduled):
     agent_args: tuple[str, ...] = ()  # appended to each agent's command; see runtime/options.py
-
-    @property
-    def detaches(self) -> bool:
-        return False
 
     def render(self, plan: JobPlan) -> str:
         lines = [f"# {plan.nodes} simulated node(s) on this machine, {plan.procs_per_node} worker(s) each"]
         lines.append(f"cd {shlex.quote(plan.cwd)}")
         if plan.setup:
-            lines.append(
-                f"cat >{shlex.quote(str(_script(plan)))} <<'END OF SCRIPT'\n{self._node_script(plan)}END OF SCRIPT"
-            )
+            script = shlex.quote(str(_control(plan).script))
+            lines.append(f"cat >{script} <<'END OF SCRIPT'\n{self._node_script(plan)}END OF SCRIPT")
         for node_rank in range(plan.nodes):
             words = [f"{key}={shlex.quote(value)}" for key, value in _devices(plan, node_rank, {}).items()]
             words += [shlex.quote(word) for word in self._command(plan, node_rank)]
-            log = shlex.quote(str(_log(plan, node_rank)))
+            log = shlex.quote(str(RunDir(plan.run_dir).agent_log(node_rank)))
             lines.append(f"setsid {' '.join(words)} </dev/null >>{log} 2>&1 &")
         return "\n".join(lines) + "\n"
 
@@ -59,7 +56,7 @@ class LocalBackend:
 
     def submit(self, plan: JobPlan, zygote: Zygote | None = None) -> None:
         if plan.setup:
-            write_atomic(_script(plan), self._node_script(plan), 0o600)
+            write_atomic(_control(plan).script, self._node_script(plan), 0o600)
         for node_rank in range(plan.nodes):
             self._start(plan, node_rank, zygote)
 
@@ -68,8 +65,8 @@ class LocalBackend:
         return True
 
     def _start(self, plan: JobPlan, node_rank: int, zygote: Zygote | None) -> None:
-        control = RunDir(plan.run_dir).control(plan.job_id)
-        log = _log(plan, node_rank)
+        control = _control(plan)
+        log = RunDir(plan.run_dir).agent_log(node_rank)
         log.parent.mkdir(parents=True, exist_ok=True)
         self._set_aside(control, node_rank)
         devices = _devices(plan, node_rank, os.environ)
@@ -77,7 +74,8 @@ class LocalBackend:
         process = _forked(zygote, argv, devices, log) if zygote else None
         if process is None:
             command = list(self._command(plan, node_rank))
-            process = start_detached(command, cwd=plan.cwd, environ={**os.environ, **devices}, log=log)
+            environ = {name: value for name, value in os.environ.items() if name != VARIABLE}  # a copy of its own
+            process = start_detached(command, cwd=plan.cwd, environ={**environ, **devices}, log=log)
         # The agent writes the same record when it is up; written here too, so that it can be stopped before that.
         write_atomic(control.node(node_rank), json.dumps(process.to_json()), 0o600)
 
@@ -88,45 +86,33 @@ class LocalBackend:
             write_atomic(control.path / f"superseded-{record['pid']}.json", json.dumps(record), 0o600)
 
     def clear(self, plan: JobPlan) -> None:
-        for path in RunDir(plan.run_dir).control(plan.job_id).path.glob("superseded-*.json"):
+        for path in _control(plan).path.glob("superseded-*.json"):
             record = read_json(path)
             if record is not None:
                 ProcessId.from_json(record).kill(signal.SIGKILL)
 
     def state(self, plan: JobPlan, max_age_s: float = 0.0) -> Liveness:
-        found = {process.liveness() for process in self._agents(plan)}
+        found = {process.liveness() for process in agents(plan)}
         if "alive" in found:
             return "alive"
-        ended = RunDir(plan.run_dir).control(plan.job_id).ended.exists()
+        ended = _control(plan).ended.exists()
         return "unknown" if "unknown" in found and not ended else "gone"
 
-    def reason(self, plan: JobPlan) -> str:
-        return ""
-
-    def called(self, plan: JobPlan) -> str:
-        return ""
-
-    def restarts_after_stop(self, plan: JobPlan) -> bool:
-        return False
-
-    def hasten(self, plan: JobPlan) -> None:
-        pass
-
-    def give_back(self, plan: JobPlan, nodes: Sequence[int], reason: str) -> bool:
-        return False
+    def lose_node(self, plan: JobPlan, node_rank: int, reason: str, *, enough: bool, alive: bool) -> Loss:
+        return Loss(follows="nothing")
 
     def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
         return dict(environ)
 
     def stop(self, plan: JobPlan) -> None:
-        for process in self._agents(plan):
+        for process in agents(plan):
             process.kill(signal.SIGTERM)
 
     def kill(self, plan: JobPlan) -> None:
         # Twice: an agent that was about to replace a dead node may have done so between our look and its death.
         for _ in range(2):
-            for process in self._agents(plan):
-                process.kill(signal.SIGKILL)
+            for process in agents(plan):
+                process.end_session()
         self.clear(plan)
         deadline = time.monotonic() + _DEATH_S
         while self.state(plan) == "alive" and time.monotonic() < deadline:
@@ -143,25 +129,19 @@ class LocalBackend:
         return (*self._argv_but_rank(plan), str(node_rank))
 
     def _argv_but_rank(self, plan: JobPlan) -> tuple[str, ...]:
-        where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id)
-        return (plan.python, *_AGENT, *where, *self.agent_args, "--node-rank")
+        return agent_argv(plan, self.agent_args)
 
     def _command(self, plan: JobPlan, node_rank: int) -> tuple[str, ...]:
         """Without `setup` nothing can have changed on this machine since the launch has looked at its Python."""
-        return ("bash", str(_script(plan)), str(node_rank)) if plan.setup else self._argv(plan, node_rank)
+        return ("bash", str(_control(plan).script), str(node_rank)) if plan.setup else self._argv(plan, node_rank)
 
     def _node_script(self, plan: JobPlan) -> str:
         return node_script(plan, self._argv_but_rank(plan))
 
-    def _agents(self, plan: JobPlan) -> list[ProcessId]:
-        control = RunDir(plan.run_dir).control(plan.job_id)
-        records = (read_json(control.node(node_rank)) for node_rank in range(plan.nodes))
-        return [ProcessId.from_json(record) for record in records if record is not None]
-
 
 def _forked(zygote: Zygote, argv: tuple[str, ...], devices: dict[str, str], log: Path) -> ProcessId | None:
     """A node as a fork of the zygote, doing what `argv` says; None where that can't be."""
-    arguments = list(argv[1 + len(_AGENT) :])
+    arguments = list(argv[1 + len(AGENT) :])
     with open(log, "ab") as output:
         descriptor = output.fileno()
         try:
@@ -173,12 +153,8 @@ def _forked(zygote: Zygote, argv: tuple[str, ...], devices: dict[str, str], log:
             return None
 
 
-def _script(plan: JobPlan) -> Path:
-    return RunDir(plan.run_dir).control(plan.job_id).path / "node.sh"
-
-
-def _log(plan: JobPlan, node_rank: int) -> Path:
-    return RunDir(plan.run_dir).path / "logs" / f"agent-{node_rank}.log"
+def _control(plan: JobPlan) -> Control:
+    return RunDir(plan.run_dir).control(plan.job_id)
 
 
 def _devices(plan: JobPlan, node_rank: int, environ: Mapping[str, str]) -> dict[str, str]:

@@ -6,20 +6,26 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
+from dtrain.cluster.agentcommand import AGENT
 from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.mirror import VARIABLE, is_url
 from dtrain.cluster.procs import EARLY_STOP, STOP_SIGNALS
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.version import VERSION
 
-# Written so that Pythons that are too old can read it. `-P` is one that they don't know, hence the first line.
+# Written so that Pythons that are too old can read it. `-P` is one that they don't know, hence the first line. An agent
+# needs nothing but dtrain and what comes with Python, so it is not imported: each node would wait for that twice.
 _PROBE = """\
 import sys
 sys.path[:1] = [p for p in sys.path[:1] if p]
 if sys.version_info < (3, 11):
     sys.exit("is Python %d.%d, and dtrain needs 3.11 or newer" % sys.version_info[:2])
 try:
-    import dtrain.runtime.agent
+    from importlib.util import find_spec
+    if find_spec("dtrain.runtime.agent") is None:
+        raise ImportError("a part of it is missing")
     from dtrain.cluster.version import VERSION
 except ImportError as error:
     sys.exit("has no dtrain that can be imported: %s" % error)
@@ -79,6 +85,12 @@ _KEEP_STOPS = [f"trap 'export {EARLY_STOP}={number.name}' {number.name}" for num
 _DEAF = f"trap '' {' '.join(number.name for number in STOP_SIGNALS)}  # until Python has handlers of its own"
 
 
+def agent_argv(plan: JobPlan, agent_args: Sequence[str]) -> tuple[str, ...]:
+    """An agent's command line but for the node's rank, which comes last."""
+    where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id)
+    return (plan.python, *AGENT, *where, *agent_args, "--node-rank")
+
+
 def node_script(plan: JobPlan, agent_argv: Sequence[str], *, stop: str = "") -> str:
     """A bash script, started with the node's rank, that prepares the node and becomes the agent: `agent_argv` and the
     rank behind it. `stop`: where a scheduler's signals may come from the first moment on, the file to put for one that
@@ -91,6 +103,25 @@ def node_script(plan: JobPlan, agent_argv: Sequence[str], *, stop: str = "") -> 
         *([_DEAF] if stop else ()),
     ]
     return "\n".join([*lines, f'exec {shlex.join(agent_argv)} "$dtrain_node"']) + "\n"
+
+
+def registering_script(plan: JobPlan, agent_args: Sequence[str]) -> str:
+    """The same where nobody else knows which process that is: it puts itself down as the node's first."""
+    run = RunDir(plan.run_dir)
+    control = run.control(plan.job_id)
+    own = shlex.quote(f'"job_id": "{plan.job_id}"')
+    first = (
+        "export HOSTNAME\n"  # which this bash has found out
+        # A launch that was killed while it started this may have been followed by another one.
+        f"case $(<{shlex.quote(str(run.job))}) in *{own}*) ;; *) echo 'another job has the run'; exit 93 ;; esac\n"
+        "IFS= read -r dtrain_stat </proc/$$/stat; dtrain_stat=(${dtrain_stat##*)})\n"
+        "read -r dtrain_boot </proc/sys/kernel/random/boot_id\n"
+        f"dtrain_mine={shlex.quote(str(control.path))}/node-$1.json\n"
+        '(umask 077; printf \'{"pid": %d, "started": %d, "boot": "%s", "host": "%s"}\' $$ "${dtrain_stat[19]}" '
+        '"$dtrain_boot" "$HOSTNAME" >"$dtrain_mine.$$") && mv -f "$dtrain_mine.$$" "$dtrain_mine" || exit 1\n'
+        f"cd {shlex.quote(plan.cwd)} 2>/dev/null || cd /\n"
+    )
+    return first + node_script(plan, agent_argv(plan, agent_args), stop=str(control.stop(0)))
 
 
 def batch_script(plan: JobPlan, argv: Sequence[str], setup: Sequence[str]) -> str:
@@ -109,7 +140,14 @@ def _records(plan: JobPlan, where: str) -> list[str]:
     """What `dtrain_refuse` needs to know."""
     run = RunDir(plan.run_dir)
     ended, events = run.control(plan.job_id).ended, run.events
-    return [where, f"dtrain_ended={shlex.quote(str(ended))}", f"dtrain_events={shlex.quote(str(events))}"]
+    return [where, f"dtrain_ended={_on_node(run, ended)}", f"dtrain_events={_on_node(run, events)}"]
+
+
+def _on_node(run: RunDir, path: Path) -> str:
+    """As a word of a shell. The copy of a run directory at a URL lies where the node's own variable says."""
+    if not is_url(run.place):
+        return shlex.quote(str(path))
+    return f'"${VARIABLE}"/{shlex.quote(str(path.relative_to(run.path.parent)))}'
 
 
 def checking_script(setup: Sequence[str], python: str, argv: Sequence[str]) -> str:

@@ -101,6 +101,11 @@ class ProcessId:
             return False
         return True
 
+    def end_session(self) -> None:
+        """SIGKILLs it and all of the session that it leads: the lines of `setup` that it waits for would live on."""
+        if self.kill(signal.SIGKILL):
+            clear_session(self.pid, frozenset())
+
 
 def session_members(session: int) -> list[int]:
     """The living processes of a session. A data loader's processes stay in their worker's session."""

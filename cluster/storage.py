@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import StorageError
 
@@ -24,6 +24,7 @@ class ObjectInfo:
     key: str
     size_bytes: int
     modified_at: float  # seconds since the epoch, by the store's clock
+    version: str = ""  # another one for other bytes; "" where the store tells none
 
 
 class Storage(Protocol):
@@ -91,6 +92,13 @@ def open_storage(url: str, *, retry_s: float = RETRY_S) -> Storage:
 
 def scheme_of(url: str) -> str:
     return urlsplit(url).scheme if "://" in url else "file"
+
+
+def folder_of(url: str) -> str | None:
+    """The path of a URL, or of a bare path, that names a folder of this host; None for every other store."""
+    if "://" not in url:
+        return url
+    return unquote(urlsplit(url).path) if scheme_of(url) == "file" else None
 
 
 def is_key(key: str) -> bool:

@@ -10,48 +10,48 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dtrain.cluster.backends import Loss, too_few
 from dtrain.cluster.errors import DtrainError, UsageError
-from dtrain.cluster.interfaces import Interface
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.ports import PortRange, ports_of_no_connection
 from dtrain.cluster.procs import Liveness, ProcessId
-from dtrain.cluster.rundir import Control, RunDir, read_json, write_atomic, write_once
+from dtrain.cluster.rundir import FRESH_S, Control, RunDir, read_json, silent_s, write_atomic, write_once
+from dtrain.cluster.unscheduled import Unscheduled
 from dtrain.cluster.zygote import Zygote
-from dtrain.slurm import jobenv, node, owner
+from dtrain.slurm import owner
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.driver import begin
+from dtrain.slurm.hostlist import expand
 from dtrain.slurm.jobenv import SlurmJob, slurm_job
+from dtrain.slurm.node import NodeSide
+from dtrain.slurm.records import parse_scontrol
 from dtrain.slurm.steps import agent_script, end_srun, list_steps, srun_log, start_step, step_argv, write_script
 
-_FRESH_S = 10.0  # an age of status.json, which is written every second, that still tells of life
 _DEATH_S = 10.0  # for a step to be gone
 _POLL_S = 0.2
 _GPUS = (re.compile(r"\bTresPerNode=\S*?gpu(?::[^:,\s]+)*?:(\d+)"), re.compile(r"TRES=\S*?gres/gpu=(\d+)"))
 
 
-def with_gpus(here: SlurmJob) -> SlurmJob:
-    """A shell of salloc is on no node, and has no variable of GPUs: then Slurm is asked what the nodes have."""
-    if here.gpus_per_node or "SLURMD_NODENAME" in os.environ:
-        return here
+def as_it_is(here: SlurmJob) -> SlurmJob:
+    """What Slurm says of the allocation now. One made with --no-kill may have fewer nodes than its variables tell; a
+    shell of salloc, which is on no node, has no variable of GPUs."""
     try:
         said = ask("scontrol", "-o", "show", "job", here.id)
     except DtrainError:
         return here
+    listed = {node for record in parse_scontrol(said) if record.nodes for node in expand(record.nodes)}
+    nodes = tuple(node for node in here.nodes if node in listed) or here.nodes
+    if here.gpus_per_node or "SLURMD_NODENAME" in os.environ:
+        return replace(here, nodes=nodes)
     each, in_all = (pattern.search(said) for pattern in _GPUS)
-    gpus = int(each[1]) if each else int(in_all[1]) // len(here.nodes) if in_all else 0
-    return replace(here, gpus_per_node=gpus)
+    gpus = int(each[1]) if each else int(in_all[1]) // len(nodes) if in_all else 0
+    return replace(here, nodes=nodes, gpus_per_node=gpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AllocationBackend:
+class AllocationBackend(NodeSide, Unscheduled):
     agent_args: tuple[str, ...] = ()
-
-    @property
-    def detaches(self) -> bool:
-        return False
 
     def render(self, plan: JobPlan) -> str:
         here = _here()
@@ -73,7 +73,7 @@ class AllocationBackend:
         begin(plan, mine)
         write_script(plan, self.agent_args, mine.number)
         argv = step_argv(plan, mine.nodes, here.cpus_per_node, overlap=True)
-        process = start_step(argv, srun_log(plan), os.environ)
+        process = start_step(argv, srun_log(plan), os.environ, until=control.ended)
         write_atomic(control.path / "srun.json", json.dumps(process.to_json()), 0o600)
 
     def state(self, plan: JobPlan, max_age_s: float = 0.0) -> Liveness:
@@ -84,26 +84,16 @@ class AllocationBackend:
             return "alive"
         if control.ended.exists():
             return "gone"
-        seen_at = (read_json(control.status) or {}).get("seen_at") or 0.0
-        if here == "unknown" and time.time() - seen_at < _FRESH_S:
+        if here == "unknown" and silent_s(control) < FRESH_S:
             return "alive"  # srun is of another host; Slurm need not be asked
         try:
             return "alive" if self._steps(plan) else "gone"
         except (SlurmUnreachable, UsageError):
             return "unknown"
 
-    def reason(self, plan: JobPlan) -> str:
-        return ""
-
     def called(self, plan: JobPlan) -> str:
         number = owner.slurm_job_id(_control(plan))
         return f"a step of Slurm job {number}" if number else ""
-
-    def restarts_after_stop(self, plan: JobPlan) -> bool:
-        return False
-
-    def hasten(self, plan: JobPlan) -> None:
-        pass
 
     def stop(self, plan: JobPlan) -> None:
         control = _control(plan)
@@ -130,30 +120,30 @@ class AllocationBackend:
         number = owner.slurm_job_id(_control(plan))
         return list_steps(plan, number) if number else []
 
-    def start_node(self, plan: JobPlan, node_rank: int) -> bool:
-        return node.start_node(plan, node_rank)
-
     def clear(self, plan: JobPlan) -> None:
-        pass  # a step ends with all that its tasks have started
+        """A step ends with all that its tasks have started, when each task has ended: a frozen agent in whose place
+        another was started, by a step of its own, would keep its step and hold on to the allocation, and srun waits for
+        the task of a node that is lost. The caller's own step goes too, which has nothing left to do."""
+        with contextlib.suppress(SlurmUnreachable):
+            steps = self._steps(plan)
+            for step in steps if len(steps) > 1 or _control(plan).left_out() else ():
+                with contextlib.suppress(SlurmRefused):
+                    ask("scancel", step)
 
-    def give_back(self, plan: JobPlan, nodes: Sequence[int], reason: str) -> bool:
-        return False
-
-    def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
-        return jobenv.worker_environ(environ)
-
-    def ports(self, plan: JobPlan) -> PortRange | None:
-        return plan.port_range or ports_of_no_connection()
-
-    def interface(self, plan: JobPlan) -> Interface:
-        return node.interface(plan)
+    def lose_node(self, plan: JobPlan, node_rank: int, reason: str, *, enough: bool, alive: bool) -> Loss:
+        """Slurm does not say whether the allocation was made with --no-kill; where it was not, Slurm will end it."""
+        if enough:
+            doomed = not (alive or plan.slurm.no_kill or "SALLOC_NO_KILL" in os.environ)
+            note = " (Slurm ends the allocation for it soon, unless that was made with --no-kill)" if doomed else ""
+            return Loss(follows="rest", note=note)
+        return Loss(follows="nothing", note=too_few(plan))
 
 
 def _here() -> SlurmJob:
     here = slurm_job(os.environ)
     if here is None:
         raise UsageError("this process is in no Slurm allocation any more. Launch again, from inside of one.")
-    return here
+    return as_it_is(here)
 
 
 def _control(plan: JobPlan) -> Control:

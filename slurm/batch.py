@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dtrain.cluster.backends import Loss
 from dtrain.cluster.errors import DtrainError, UsageError
-from dtrain.cluster.interfaces import Interface
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.ports import PortRange, ports_of_no_connection
 from dtrain.cluster.procs import Liveness
 from dtrain.cluster.rundir import Control, RunDir, write_once
 from dtrain.cluster.zygote import Zygote
-from dtrain.slurm import jobenv, node, owner, submission
+from dtrain.slurm import node, owner, submission
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.limits import over_limits, parse_partitions
+from dtrain.slurm.node import NodeSide
 from dtrain.slurm.options import submit_options
 from dtrain.slurm.records import JobRecord
 from dtrain.slurm.script import batch_command, render_script
@@ -27,7 +26,7 @@ _STOP = ("--signal=TERM", "--batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchBackend:
+class BatchBackend(NodeSide):
     agent_args: tuple[str, ...] = ()
 
     @property
@@ -107,23 +106,11 @@ class BatchBackend:
             raise SlurmUnreachable(f"{plan.name}: {found.words}. Try again when it does.")
         return found.jobs
 
-    def start_node(self, plan: JobPlan, node_rank: int) -> bool:
-        return node.start_node(plan, node_rank)
-
     def clear(self, plan: JobPlan) -> None:
         node.clear(plan)
 
-    def give_back(self, plan: JobPlan, nodes: Sequence[int], reason: str) -> bool:
-        return node.give_back(plan, nodes, reason)
-
-    def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
-        return jobenv.worker_environ(environ)
-
-    def ports(self, plan: JobPlan) -> PortRange | None:
-        return plan.port_range or ports_of_no_connection()
-
-    def interface(self, plan: JobPlan) -> Interface:
-        return node.interface(plan)
+    def lose_node(self, plan: JobPlan, node_rank: int, reason: str, *, enough: bool, alive: bool) -> Loss:
+        return node.lose_node(plan, node_rank, reason, enough=enough, alive=alive)
 
 
 def _control(plan: JobPlan) -> Control:

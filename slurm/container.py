@@ -10,10 +10,10 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.jobplan import ClusterConfig, JobPlan
 from dtrain.cluster.slurmconfig import ContainerConfig
+from dtrain.cluster.storage import folder_of
 
 _IMAGES_OWN = ("/", "/usr", "/usr/local", "/bin", "/lib")  # a host's folder there would hide the image's
 
@@ -40,7 +40,7 @@ def wrap(plan: JobPlan, python_folders: Sequence[str]) -> Wrapping:
 
 def mounted(plan: JobPlan, python_folders: Sequence[str]) -> list[str]:
     """The folders that a node needs, at the same place inside; those within others are left out."""
-    wanted = [plan.run_dir, plan.cwd, *plan.sys_path, *python_folders, *_checkpoint_folder(plan.checkpoint_url)]
+    wanted = [plan.run_dir, plan.cwd, *plan.sys_path, *python_folders, *_folders(plan.checkpoint_url)]
     kept: list[str] = []
     for folder in sorted(dict.fromkeys(map(os.path.normpath, wanted)), key=len):
         if not any(Path(folder).is_relative_to(outer) for outer in kept):
@@ -48,11 +48,8 @@ def mounted(plan: JobPlan, python_folders: Sequence[str]) -> list[str]:
     return kept
 
 
-def _checkpoint_folder(url: str) -> list[str]:
-    parts = urlsplit(url)
-    if "://" not in url:
-        return [url]
-    return [unquote(parts.path)] if parts.scheme == "file" else []
+def _folders(url: str) -> list[str]:
+    return [folder] if (folder := folder_of(url)) is not None else []
 
 
 def python_folders(python: str) -> tuple[str, ...]:
@@ -83,7 +80,7 @@ def check_container(cluster: ClusterConfig, run_dir: str, checkpoint_url: str) -
             yield place, f"expects SRC, SRC:DST or SRC:DST:FLAGS without commas, found {mount}."
         elif not mount.startswith("/"):
             yield place, f"expects an absolute path, found {mount}."
-    for key, path in (("run_dir", run_dir), *(("checkpoint.url", path) for path in _checkpoint_folder(checkpoint_url))):
+    for key, path in (("run_dir", run_dir), *(("checkpoint.url", path) for path in _folders(checkpoint_url))):
         if "," in path or ":" in path:
             yield (
                 key,

@@ -5,7 +5,6 @@ slurm/stops.py's. No training decision is made here.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -15,13 +14,14 @@ from dataclasses import dataclass
 from types import FrameType
 
 from dtrain.cluster import exits
+from dtrain.cluster.deaths import count_death
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import EARLY_STOP, STOP_SIGNALS, ProcessId
-from dtrain.cluster.rundir import Control, RunDir, append_event, read_json, write_atomic, write_once
+from dtrain.cluster.restarts import drop_nodes, forget_stop
+from dtrain.cluster.rundir import RunDir, append_event, put_end, read_json, write_atomic
 from dtrain.slurm import badnodes
 from dtrain.slurm import owner as owners
-from dtrain.slurm.deaths import count_death
 from dtrain.slurm.ending import conclude
 from dtrain.slurm.jobenv import SlurmJob, slurm_job
 from dtrain.slurm.owner import Owner
@@ -86,22 +86,13 @@ def begin(plan: JobPlan, owner: Owner) -> int | None:
     write_atomic(control.incarnation, str(owner.number), 0o600)  # from here on agents of earlier ones end
     if ended is not None:
         os.replace(control.ended, control.path / f"ended-{owner.number - 1:04d}.json")
-    for record in control.path.glob("node-*.json"):
-        record.unlink()  # whoever serves a node from now on puts itself down anew
+    drop_nodes(control)
     write_atomic(control.note, badnodes.note_text(badnodes.bad_nodes(control)), 0o600)
     if owner.number > 1:
-        _forget_stop(control)
+        forget_stop(control)
         append_event(run, "requeued", restart=owner.restart, slurm_job_id=owner.slurm_job_id)
     (run.path / "logs").mkdir(exist_ok=True)
     return None
-
-
-def _forget_stop(control: Control) -> None:
-    """The stop of an earlier incarnation was for that one. What it has learned of the run's progress stays."""
-    path = control.path / "memory.json"
-    memory = read_json(path)
-    if memory is not None and memory.get("stop") is not None:
-        write_atomic(path, json.dumps({**memory, "stop": None}), 0o600)
 
 
 class _Step:
@@ -129,13 +120,17 @@ class _Step:
             print(f"every agent is gone, and none could say why: {words}", file=sys.stderr, flush=True)
             if self._stopper.asked:
                 return exits.STOPPED
-            deaths = count_death(self._control)
+            deaths = count_death(self._control, "slurm")
             if deaths > self._plan.max_restarts_without_progress:
                 return self._give_up(f"all agents died {deaths} times in a row without a new step: {words}")
             time.sleep(_AGAIN_S * deaths)
 
     def _start(self) -> ProcessId:
-        return start_step(step_argv(self._plan, self._owner.nodes, self._here.cpus_per_node), self._log, self._environ)
+        left_out = self._control.left_out()
+        nodes = {rank: name for rank, name in enumerate(self._owner.nodes) if rank not in left_out}
+        ranks = tuple(nodes) if left_out else ()
+        argv = step_argv(self._plan, list(nodes.values()), self._here.cpus_per_node, ranks=ranks)
+        return start_step(argv, self._log, self._environ)
 
     def _wait(self, srun: ProcessId) -> None:
         """Until the job has ended, or nothing of the agents lives. srun may be gone long before them."""
@@ -150,7 +145,6 @@ class _Step:
             time.sleep(_POLL_S)
 
     def _give_up(self, reason: str) -> int:
-        words = {"state": "failed", "exit_code": exits.FAILED, "reason": reason, "step": 0}
-        if write_once(self._control.ended, json.dumps({**words, "at": round(time.time(), 3)}), 0o600):
-            append_event(RunDir(self._plan.run_dir), "ended", **words)
+        run = RunDir(self._plan.run_dir)
+        put_end(run, self._control, state="failed", exit_code=exits.FAILED, reason=reason, step=0)
         return exits.FAILED

@@ -10,9 +10,11 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from dtrain.cluster import exits
+from dtrain.cluster.backends import NODE_FAILURES
 from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import Control, RunDir, append_event, read_json, write_atomic, write_once
@@ -31,28 +33,32 @@ _SILENCE_S = 300.0  # for slurmctld to answer at the end; the time limit may com
 _PAUSE_S = 2.0
 
 
-def conclude(plan: JobPlan, owner: Owner, code: int, sleep: Callable[[float], None] = time.sleep) -> int:
+def conclude(plan: JobPlan, owner: Owner, code: int) -> int:
     """The batch script's exit code, after what is to happen next has been arranged. `code`: the run's last word."""
-    if code != exits.STOPPED:
-        return code
+    ending = arrange(plan, owner) if code == exits.STOPPED else None
+    return code if ending is None else ending.exit_code
+
+
+def arrange(plan: JobPlan, owner: Owner, sleep: Callable[[float], None] = time.sleep) -> Ending | None:
+    """What happens next to a run that can go on, done; None where it is for others to do, or they have done it."""
     write_stopped(plan, "stopped; no agent could say why")
     control = RunDir(plan.run_dir).control(plan.job_id)
     # Once a start of the job: a driver that was cut off with its node may wake up when others have done its part.
     mark = control.path / f"slurm-end-{owner.number:04d}"
     newest = newest_owner(control)
     if newest != owner or not write_once(mark, socket.gethostname(), 0o600):
-        return code
+        return None
     record = _look_long(owner.slurm_job_id, sleep)
-    ending = decide_end(_facts(plan, control, owner, code, record))
+    ending = decide_end(_facts(plan, control, owner, exits.STOPPED, record))
     if ending.action == "requeue":
         ending = _requeue(plan, owner, ending, sleep)
     if ending.action == "resubmit":
-        ending = _resubmit(plan, owner, ending, record, sleep)
+        ending = _submit_anew(plan, owner, ending, record, sleep)
     if ending.action != "requeue":
         _tell(plan, ending)
     if ending.action in ("requeue", "leave"):
         _exclude(plan, owner, record)
-    return ending.exit_code
+    return ending
 
 
 def _look_long(slurm_job_id: str, sleep: Callable[[float], None]) -> JobRecord | None:
@@ -120,18 +126,20 @@ def _exclude(plan: JobPlan, owner: Owner, record: JobRecord | None) -> None:
         ask("scontrol", "update", f"JobId={owner.slurm_job_id}", f"ExcNodeList={compress(names)}")
     except DtrainError as error:
         print(f"{compress(names)} could not be excluded: {error}", flush=True)
+    else:
+        _tell_excluded(plan, names)
 
 
 def _excluded(plan: JobPlan, record: JobRecord | None) -> list[str]:
     control = RunDir(plan.run_dir).control(plan.job_id)
     known = badnodes.bad_nodes(control)
-    if not any(node.count >= badnodes.TOO_OFTEN for node in known.values()):
+    if not any(node.count >= NODE_FAILURES for node in known.values()):
         return []
     own = expand(record.excluded) if record is not None and record.excluded else []
-    return badnodes.excluded(known, own, _room(plan, record))
+    return badnodes.excluded(known, own, spare_nodes(plan, record))
 
 
-def _room(plan: JobPlan, record: JobRecord | None) -> int:
+def spare_nodes(plan: JobPlan, record: JobRecord | None) -> int:
     """Nodes of the partition beyond those that the job needs; 0 where Slurm does not say."""
     try:
         partitions = parse_partitions(ask("scontrol", "-o", "show", "partition"))
@@ -145,13 +153,24 @@ def _room(plan: JobPlan, record: JobRecord | None) -> int:
 # ---- submitted anew ----
 
 
+def _submit_anew(
+    plan: JobPlan, owner: Owner, ending: Ending, record: JobRecord | None, sleep: Callable[[float], None]
+) -> Ending:
+    """What was done. A site may forbid sbatch on its nodes: where it was only the quicker way, back into the queue."""
+    done = _resubmit(plan, owner, ending, record, sleep)
+    if done.action == "resubmit" or ending.waits or plan.slurm.on_stop != "requeue":
+        return done
+    back = _requeue(plan, owner, replace(done, action="requeue"), sleep)
+    return done if back.action == "resubmit" else back
+
+
 def _resubmit(
     plan: JobPlan, owner: Owner, ending: Ending, record: JobRecord | None, sleep: Callable[[float], None]
 ) -> Ending:
     """What was done; nothing more than the end where Slurm refuses that too."""
     control = RunDir(plan.run_dir).control(plan.job_id)
     try:
-        script = _script(plan, owner)
+        script = own_script(plan, owner)
         options = ["--parsable"]
         if ending.waits:
             options.append(f"--dependency=afterany:{owner.slurm_job_id}")
@@ -164,10 +183,12 @@ def _resubmit(
     except (DtrainError, OSError) as error:
         return Ending(action="finish", exit_code=ending.exit_code, reason=f"{ending.reason}; sbatch: {error}")
     note_submission(control, number)
+    if names:
+        _tell_excluded(plan, names)
     return Ending(action="resubmit", exit_code=ending.exit_code, reason=f"{ending.reason}; Slurm job {number} goes on")
 
 
-def _script(plan: JobPlan, owner: Owner) -> Path:
+def own_script(plan: JobPlan, owner: Owner) -> Path:
     """The one that this job was submitted with. A script of a person's own, whose header may have been edited, is
     fetched from Slurm, which keeps it."""
     path = script_path(plan)
@@ -203,6 +224,12 @@ def _found(script: Path, owner: Owner) -> str | None:
         return None
     ours = [job for job in jobs if job.command.startswith(str(script)) and job.phase == "pending"]
     return next((str(job.job_id) for job in ours if str(job.job_id) != owner.slurm_job_id), None)
+
+
+def _tell_excluded(plan: JobPlan, names: list[str]) -> None:
+    run = RunDir(plan.run_dir)
+    reason = badnodes.note_text(badnodes.bad_nodes(run.control(plan.job_id)))
+    append_event(run, "nodes_excluded", nodes=names, reason=reason)
 
 
 def _tell(plan: JobPlan, ending: Ending) -> None:

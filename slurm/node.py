@@ -6,26 +6,46 @@ import contextlib
 import os
 import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
+from dtrain.cluster import exits
+from dtrain.cluster.backends import Loss, too_few
 from dtrain.cluster.errors import DtrainError, UsageError
-from dtrain.cluster.interfaces import LOOPBACK, Interface, list_interfaces, pick
+from dtrain.cluster.interfaces import LOOPBACK, Interface, is_loopback, list_interfaces, pick, resolve, way_to
 from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.ports import PortRange, ports_of_no_connection
 from dtrain.cluster.rundir import RunDir, read_json
 from dtrain.slurm.badnodes import bad_nodes, note_bad
-from dtrain.slurm.client import ask, run
-from dtrain.slurm.ending import conclude
-from dtrain.slurm.jobenv import slurm_job, step_environ
-from dtrain.slurm.owner import newest_owner
+from dtrain.slurm.client import ask, run, script_options
+from dtrain.slurm.ending import arrange, own_script, spare_nodes
+from dtrain.slurm.jobenv import slurm_job, step_environ, worker_environ
+from dtrain.slurm.owner import Owner, newest_owner
 from dtrain.slurm.steps import end_srun, srun_log, start_step, step_argv
 from dtrain.slurm.stopping import look
 
-_SCONTROL_S = 5
+_SCONTROL_S = 5.0
 _START_S = 30.0  # for an agent to appear
 _POLL_S = 0.1
 _PROBE_S = 10.0  # for a process to be started on a node; one that is dead is known to srun only later
+
+
+class NodeSide:
+    """The part of a back end that is asked on the nodes: the same in a job of its own and in somebody's allocation."""
+
+    __slots__ = ()
+
+    def start_node(self, plan: JobPlan, node_rank: int) -> bool:
+        return start_node(plan, node_rank)
+
+    def worker_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
+        return worker_environ(environ)
+
+    def ports(self, plan: JobPlan) -> PortRange | None:
+        return plan.port_range or ports_of_no_connection()
+
+    def interface(self, plan: JobPlan) -> Interface:
+        return interface(plan)
 
 
 def interface(plan: JobPlan) -> Interface:
@@ -39,14 +59,15 @@ def interface(plan: JobPlan) -> Interface:
     others = [name for name in (job.nodes if job else ()) if name != here]
     for address in _addresses(here):
         for candidate in found:
-            if candidate.address == address and not _is_loopback(address):
+            if candidate.address == address and not is_loopback(address):
                 return candidate
     for other in others:
+        way = _way_to(other)
         for candidate in found:
-            if candidate.address == _way_to(other):
+            if candidate.address == way:
                 return candidate
     if plan.nodes == 1:
-        return next((candidate for candidate in found if not _is_loopback(candidate.address)), LOOPBACK)
+        return next((candidate for candidate in found if not is_loopback(candidate.address)), LOOPBACK)
     raise UsageError(
         f"auto: node {here or socket.gethostname()} does not know at which of its addresses the others reach it. "
         f"There are: {', '.join(map(str, found))}. Name one, or a range of addresses like 10.0.0.0/8."
@@ -55,18 +76,10 @@ def interface(plan: JobPlan) -> Interface:
 
 def _addresses(node: str) -> Iterator[str]:
     """Of a node as Slurm calls it: by its name, then by Slurm's own record of it."""
-    yield from _resolve(node)
+    yield from resolve(node)
     given = _node_addr(node)
     if given and given != node:
-        yield from _resolve(given)
-
-
-def _resolve(name: str) -> list[str]:
-    try:
-        answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM) if name else []
-    except OSError:
-        return []
-    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+        yield from resolve(given)
 
 
 def _node_addr(node: str) -> str:
@@ -74,36 +87,22 @@ def _node_addr(node: str) -> str:
     if not node:
         return ""
     try:
-        said = subprocess.run(
-            ["scontrol", "-o", "show", "node", node], capture_output=True, text=True, timeout=_SCONTROL_S
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
+        said = ask("scontrol", "-o", "show", "node", node, timeout_s=_SCONTROL_S)
+    except DtrainError:
         return ""
     return next((word.partition("=")[2] for word in said.split() if word.startswith("NodeAddr=")), "")
 
 
 def _way_to(node: str) -> str:
-    """Our address on the way to another node. Nothing is sent: connecting a UDP socket only asks the routing table."""
-    for address in _addresses(node):
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((address, 9))
-                mine = str(probe.getsockname()[0])
-            except OSError:
-                continue
-            if not _is_loopback(mine):
-                return mine
-    return ""
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
+    """Our address on the way to another node."""
+    ways = (way_to(address) for address in _addresses(node))
+    return next((way for way in ways if way and not is_loopback(way)), "")
 
 
 def start_node(plan: JobPlan, node_rank: int, clock: Callable[[], float] = time.monotonic) -> bool:
     """Another agent on the machine of `node_rank`, inside the same allocation. Its predecessor, should it only sleep or
-    be cut off, finds that the node is no longer its own. Returns when it has put itself down; False where it could not
-    be started in time, or there is no srun: in a container's image."""
+    be cut off, finds that the node is no longer its own. Returns when it has put itself down, or the job is to stop;
+    False where it could not be started in time, or there is no srun: in a container's image."""
     if shutil.which("srun") is None:
         return False
     control = RunDir(plan.run_dir).control(plan.job_id)
@@ -116,11 +115,11 @@ def start_node(plan: JobPlan, node_rank: int, clock: Callable[[], float] = time.
     control.node(node_rank).unlink(missing_ok=True)
     if not _is_reached(owner.nodes[node_rank]):
         return False
-    argv = step_argv(plan, [owner.nodes[node_rank]], here.cpus_per_node, node_rank=node_rank, overlap=True)
+    argv = step_argv(plan, [owner.nodes[node_rank]], here.cpus_per_node, ranks=[node_rank], overlap=True)
     srun = start_step(argv, srun_log(plan), os.environ)
     deadline = clock() + _START_S
     while srun.liveness() == "alive":
-        if control.node(node_rank).exists():
+        if control.node(node_rank).exists() or control.stop(owner.number).exists():
             return True
         if clock() > deadline:
             if plan.setup:
@@ -137,15 +136,32 @@ def _is_reached(name: str) -> bool:
     return code == 0
 
 
-def give_back(plan: JobPlan, node_ranks: Sequence[int], reason: str) -> bool:
-    """Notes the nodes as lost; True where the job is then submitted anew: by the driver, or by `clear` where the driver
-    is lost with its node."""
+def lose_node(plan: JobPlan, node_rank: int, reason: str, *, enough: bool, alive: bool) -> Loss:
+    """Notes a job's node as bad. With --no-kill Slurm leaves the job its other nodes; else, or where they are too few,
+    the job is submitted anew: by the driver, or by `clear` where the driver is lost with its node."""
     control = RunDir(plan.run_dir).control(plan.job_id)
     owner = newest_owner(control)
-    if owner is None or plan.slurm.on_stop == "none":
+    if owner is None:
+        return Loss(follows="nothing")
+    survives = keeps_other_nodes(plan, owner)
+    # Without the first node a job has no batch script: nobody would see to its time limit, or to what comes after it.
+    rest = survives and enough and node_rank > 0
+    note = too_few(plan) if survives and not enough else ""
+    can_resubmit = plan.slurm.on_stop != "none" and (not alive or spare_nodes(plan, look(owner.slurm_job_id)) > 0)
+    if not rest and not can_resubmit:
+        return Loss(follows="nothing", note=note)
+    note_bad(control, owner.nodes[node_rank], reason, owner.number, went_on=rest, alive=alive)
+    return Loss(follows="rest" if rest else "anew", note=note)
+
+
+def keeps_other_nodes(plan: JobPlan, owner: Owner) -> bool:
+    """Whether the job was submitted with --no-kill, as far as its script says."""
+    if plan.slurm.no_kill:
+        return True
+    try:
+        return "no-kill" in script_options(own_script(plan, owner).read_text())
+    except (DtrainError, OSError):
         return False
-    note_bad(control, [owner.nodes[rank] for rank in node_ranks], reason, owner.number)
-    return True
 
 
 def clear(plan: JobPlan) -> None:
@@ -156,8 +172,11 @@ def clear(plan: JobPlan) -> None:
     if owner is None or ended is None:
         return
     bad = bad_nodes(control).get(owner.nodes[0])
-    if bad is None or bad.incarnation != owner.number:
+    if bad is None or bad.incarnation != owner.number or bad.alive:
         return
-    conclude(plan, owner, int(ended["exit_code"]))
+    if int(ended["exit_code"]) == exits.STOPPED:
+        ending = arrange(plan, owner)
+        if ending is None or ending.action in ("leave", "requeue"):
+            return  # it is this Slurm job that goes on with the run
     with contextlib.suppress(DtrainError):
         ask("scancel", owner.slurm_job_id)  # or Slurm, once it knows of the dead node, starts this one again too

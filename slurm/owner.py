@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dtrain.cluster.rundir import Control, read_json, write_atomic, write_once
+from dtrain.cluster.rundir import Control, read_json, read_newest, write_atomic, write_once
 
 _PREFIX = "slurm-owner-"
 _SUBMITTED = "slurm-submitted.json"
@@ -49,8 +49,7 @@ class Owner:
 
 
 def newest_owner(control: Control) -> Owner | None:
-    names = sorted(control.path.glob(f"{_PREFIX}[0-9]*.json"), key=lambda path: (len(path.name), path.name))
-    record = read_json(names[-1]) if names else None
+    record = read_newest(control.path, _PREFIX)
     return None if record is None else Owner.from_json(record)
 
 

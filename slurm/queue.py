@@ -18,7 +18,7 @@ from typing import Any
 
 from dtrain.cluster.rundir import read_json, write_atomic
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
-from dtrain.slurm.records import SQUEUE_FORMAT, JobRecord, parse_squeue
+from dtrain.slurm.records import SQUEUE_FORMAT, JobRecord, parse_scontrol, parse_squeue
 
 COMMAND_AGE_S = 2.0  # even one who asks again and again gets an answer this old
 
@@ -57,6 +57,12 @@ def look(uid: int, *, max_age_s: float = 0.0, after: float = 0.0, clock: Callabl
         if (found := fresh()) is not None:
             return found
         return _ask(uid, path, clock)
+
+
+def show_job(number: str, timeout_s: float | None = None) -> list[JobRecord]:
+    """Slurm's records of one job at this moment, past the snapshot. Raises SlurmRefused, which also says that it knows
+    no such job; SlurmUnreachable, UsageError."""
+    return parse_scontrol(ask("scontrol", "-o", "show", "job", number, timeout_s=timeout_s))
 
 
 def _ask(uid: int, path: Path, clock: Callable[[], float]) -> Snapshot:

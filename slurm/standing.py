@@ -14,11 +14,11 @@ from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import Liveness
-from dtrain.cluster.rundir import Control, RunDir, append_event, read_json, write_once
+from dtrain.cluster.rundir import Control, RunDir, put_end, read_json, write_once
 from dtrain.slurm import owner, submission
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
-from dtrain.slurm.queue import Snapshot, look
-from dtrain.slurm.records import SACCT_FORMAT, JobRecord, parse_sacct, parse_scontrol
+from dtrain.slurm.queue import Snapshot, look, show_job
+from dtrain.slurm.records import SACCT_FORMAT, JobRecord, parse_sacct
 from dtrain.slurm.waiting import ending_words, waiting_words
 
 SURE_S = 5.0  # slurmctld may still be at a request whose sbatch is gone
@@ -64,13 +64,14 @@ def _ask_for(plan: JobPlan, uid: int, max_age_s: float) -> Standing:
         ours = _ours(plan, found)
         alive = tuple(job for job in ours if job.phase != "over")
         if alive:
-            return Standing(liveness="alive", jobs=alive, words=_words(alive[-1]))
+            return Standing(liveness="alive", jobs=alive, words=_words(plan, alive[-1]))
     return _conclude(plan, ours)
 
 
-def _words(job: JobRecord) -> str:
+def _words(plan: JobPlan, job: JobRecord) -> str:
     if job.phase == "pending":
-        return waiting_words(job, time.time())
+        held = job.reason == "BeginTime" and RunDir(plan.run_dir).control(plan.job_id).ended.exists()
+        return waiting_words(job, time.time()) + ("; `dtrain attach` lets it go at once" if held else "")
     return "its nodes are being cleaned up" if job.phase == "completing" else ""
 
 
@@ -118,7 +119,7 @@ def _find_or_abandon(plan: JobPlan, uid: int) -> Standing:
 def run_of_number(number: str) -> Path | None:
     """The run directory of a Slurm job that `launch` submitted; None where Slurm can't tell."""
     try:
-        records = parse_scontrol(ask("scontrol", "-o", "show", "job", number))
+        records = show_job(number)
     except (SlurmRefused, SlurmUnreachable, UsageError):
         return None
     scripts = [Path(job.command) for job in records]
@@ -137,7 +138,7 @@ def _conclude(plan: JobPlan, ours: list[JobRecord]) -> Standing:
     except SlurmUnreachable as error:
         return Standing(liveness="unknown", words=f"slurmctld does not answer: {error}")
     if last is not None and last.phase != "over":
-        return Standing(liveness="alive", jobs=(last,), words=_words(last))
+        return Standing(liveness="alive", jobs=(last,), words=_words(plan, last))
     if last is None and _is_lively(control):
         return Standing(liveness="alive", words=f"Slurm does not know job {number}, but its nodes are at work")
     last = last or _account(number)
@@ -153,7 +154,7 @@ def _conclude(plan: JobPlan, ours: list[JobRecord]) -> Standing:
 def _show(plan: JobPlan, number: str) -> JobRecord | None:
     """Slurm's record of the job; None where it has none, or gave the number to another."""
     try:
-        records = parse_scontrol(ask("scontrol", "-o", "show", "job", number)) if number else []
+        records = show_job(number) if number else []
     except SlurmRefused as error:
         if "nvalid job id" in str(error):
             return None
@@ -184,9 +185,7 @@ def _write_cancelled(plan: JobPlan, words: str) -> None:
     run = RunDir(plan.run_dir)
     control = run.control(plan.job_id)
     step = int((read_json(control.status) or {}).get("step") or 0)
-    ended = {"state": "cancelled", "exit_code": exits.CANCELLED, "reason": words, "step": step}
-    if write_once(control.ended, json.dumps({**ended, "at": round(time.time(), 3)}), 0o600):
-        append_event(run, "ended", **ended)
+    put_end(run, control, state="cancelled", exit_code=exits.CANCELLED, reason=words, step=step)
 
 
 def _known_end(control: Control) -> Standing | None:

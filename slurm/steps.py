@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.nodescript import node_script
+from dtrain.cluster.nodescript import agent_argv, node_script
 from dtrain.cluster.procs import ProcessId, clear_session, session_members
 from dtrain.cluster.rundir import RunDir, read_json, write_atomic
 from dtrain.slurm.client import SlurmRefused, SlurmUnreachable, ask
 from dtrain.slurm.container import python_folders, wrap
 from dtrain.slurm.jobenv import step_environ
 from dtrain.slurm.options import srun_options
-from dtrain.slurm.records import parse_scontrol
+from dtrain.slurm.queue import show_job
 
 _SILENCE_S = 5.0  # of the coordinator, which writes its status every second
 _LOOK_S = 5.0  # between two questions to Slurm
@@ -32,10 +32,13 @@ _POLL_S = 0.05
 # a job get that signal differs by Slurm's way of tracking them. So a shell that is deaf to it stands above srun, in a
 # session of its own. What it says at the end is srun's exit code.
 _DETACHED = 'trap "" HUP INT TERM USR1 USR2 XCPU; ("$@"; echo "srun ended with $?") </dev/null >>"$0" 2>&1 & echo $!'
-
-
-def script_path(plan: JobPlan) -> Path:
-    return RunDir(plan.run_dir).control(plan.job_id).path / "node.sh"
+# The same, but srun is ended some seconds after the job ($1 exists then): it waits for a lost node's task while
+# that is away (22.05), even if its step was cancelled. `read` from a silent pipe is a sleep without a process.
+_UNTIL_ENDED = """trap "" HUP INT TERM USR1 USR2 XCPU; ended=$1; shift
+(exec 3<> <(:)
+ "$@" 3<&- & srun=$!
+ (until [ -e "$ended" ]; do read -t 2 -u 3; done; read -t 5 -u 3; kill -KILL $srun) & watch=$!
+ wait $srun; code=$?; kill -KILL $watch 2>/dev/null; echo "srun ended with $code") </dev/null >>"$0" 2>&1 & echo $!"""
 
 
 def srun_log(plan: JobPlan) -> Path:
@@ -43,32 +46,29 @@ def srun_log(plan: JobPlan) -> Path:
 
 
 def write_script(plan: JobPlan, agent_args: Sequence[str], incarnation: int) -> None:
-    """What each task runs: `node.sh [NODE_RANK]`; without one the task's place in its step is the node's rank."""
-    stop = RunDir(plan.run_dir).control(plan.job_id).stop(incarnation)
+    """What each task runs: `node.sh [NODE_RANK ...]`, the ranks of the step's nodes in its order; without them a task's
+    place in its step is the node's rank."""
+    control = RunDir(plan.run_dir).control(plan.job_id)
     agent_args = (*agent_args, "--incarnation", str(incarnation))
-    write_atomic(script_path(plan), agent_script(plan, agent_args, stop=str(stop)), 0o600)
+    write_atomic(control.script, agent_script(plan, agent_args, stop=str(control.stop(incarnation))), 0o600)
 
 
 def agent_script(plan: JobPlan, agent_args: Sequence[str], *, stop: str = "") -> str:
-    # -P: a folder `dtrain` in the working directory must not shadow the installed package.
-    where = ("--run-dir", plan.run_dir, "--job-id", plan.job_id)
-    agent = (plan.python, "-P", "-m", "dtrain.runtime.agent", *where, *agent_args, "--node-rank")
     logs = RunDir(plan.run_dir).path / "logs"
     first = (
         "export HOSTNAME\n"  # which this bash has found out
-        'set -- "${1:-$SLURM_NODEID}"\n'
+        'ranks=("$@"); set -- "${ranks[SLURM_NODEID]:-$SLURM_NODEID}"\n'
         f"exec >>{shlex.quote(str(logs))}/agent-$1.log 2>&1 </dev/null\n"
         f"cd {shlex.quote(plan.cwd)} 2>/dev/null || cd /\n"
     )
-    return first + node_script(plan, agent, stop=stop)
+    return first + node_script(plan, agent_argv(plan, agent_args), stop=stop)
 
 
 def step_argv(
-    plan: JobPlan, nodes: Sequence[str], cpus: int, *, node_rank: int | None = None, overlap: bool = False
+    plan: JobPlan, nodes: Sequence[str], cpus: int, *, ranks: Sequence[int] = (), overlap: bool = False
 ) -> tuple[str, ...]:
-    """One task on each of `nodes`; the agent of `node_rank` on the only one, where that is given."""
+    """One task on each of `nodes`, which are those of `ranks`; left out: of the ranks from 0 on."""
     count = len(nodes)
-    rank = () if node_rank is None else (str(node_rank),)
     container = wrap(plan, python_folders(plan.python))
     return (
         "srun",
@@ -91,15 +91,16 @@ def step_argv(
         *container.srun,
         *container.before,
         "bash",
-        str(script_path(plan)),
-        *rank,
+        str(RunDir(plan.run_dir).control(plan.job_id).script),
+        *map(str, ranks),
     )
 
 
-def start_step(argv: Sequence[str], log: Path, environ: Mapping[str, str]) -> ProcessId:
-    """The process that stands above srun; `log` gets what srun says."""
+def start_step(argv: Sequence[str], log: Path, environ: Mapping[str, str], *, until: Path | None = None) -> ProcessId:
+    """The process that stands above srun; `log` gets what srun says. `until`: a file that ends srun."""
+    words = [_DETACHED, str(log)] if until is None else [_UNTIL_ENDED, str(log), str(until)]
     started = subprocess.run(
-        ["bash", "-c", _DETACHED, str(log), *argv],
+        ["bash", "-c", *words, *argv],
         env=step_environ(environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -128,7 +129,7 @@ def end_srun(above: ProcessId) -> None:
 def is_over(slurm_job_id: str) -> bool:
     """Whether Slurm says so; a job that it does not know any more is. Raises SlurmUnreachable."""
     try:
-        records = parse_scontrol(ask("scontrol", "-o", "show", "job", slurm_job_id))
+        records = show_job(slurm_job_id)
     except SlurmRefused:
         return True
     return all(record.phase in ("over", "completing") for record in records)

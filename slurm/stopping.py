@@ -13,22 +13,23 @@ from pathlib import Path
 from dtrain.cluster import exits
 from dtrain.cluster.errors import DtrainError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.rundir import RunDir, append_event, read_json, write_atomic, write_once
-from dtrain.slurm.client import ask
-from dtrain.slurm.records import JobRecord, parse_scontrol
+from dtrain.cluster.rundir import RunDir, put_end, read_json, read_newest, write_atomic
+from dtrain.slurm.queue import show_job
+from dtrain.slurm.records import JobRecord
 from dtrain.slurm.stops import is_backstop, lead_s, stop_time
 
 _LIMIT_S = 600.0  # between two looks at the time limit, which an administrator may change
 _RETRY_S = 30.0  # where Slurm did not answer
 _SAVES_S = 10.0  # between two looks at how long saves take
 _PATIENCE_S = 10.0  # for a coordinator to be there, before the job is stopped without one
+_LAST_S = 12.0  # before the time limit: to leave the agents behind, and to hand the job back to Slurm
 _ANSWER_S = 5.0
 
 
 def look(slurm_job_id: str) -> JobRecord | None:
     """What Slurm says of the job now; None where it does not answer."""
     try:
-        records = parse_scontrol(ask("scontrol", "-o", "show", "job", slurm_job_id, timeout_s=_ANSWER_S))
+        records = show_job(slurm_job_id, _ANSWER_S)
     except DtrainError:
         return None
     return records[0] if records else None
@@ -136,15 +137,19 @@ class Stopper:
             _say(limit_line(found.ends_at, self._saves.slowest_s))
 
     def _insist(self, now: float) -> None:
-        """Nodes that are still being prepared have nothing to save: no need to wait for them."""
+        """Nodes that are still being prepared have nothing to save: no need to wait for them. Nor is there time to wait
+        for a worker that hangs until the limit: Slurm would end the job for good."""
         assert self._asked_at is not None
-        if now - self._asked_at < _PATIENCE_S or self._is_coordinated() or self._control.ended.exists():
+        if self._control.ended.exists():
             return
-        write_stopped(self._plan, "stopped on request before its nodes were there")
+        ends_at = None if self._record is None else self._record.ends_at
+        if ends_at is not None and now > ends_at - _LAST_S:
+            write_stopped(self._plan, "its workers did not end before the time limit")
+        elif now - self._asked_at > _PATIENCE_S and not self._is_coordinated():
+            write_stopped(self._plan, "stopped on request before its nodes were there")
 
     def _is_coordinated(self) -> bool:
-        names = sorted(self._control.path.glob("coordinator-[0-9]*.json"), key=lambda path: (len(path.name), path.name))
-        newest = read_json(names[-1]) if names else None
+        newest = read_newest(self._control.path, "coordinator-")
         return newest is not None and newest.get("incarnation") == self._incarnation
 
 
@@ -153,9 +158,7 @@ def write_stopped(plan: JobPlan, reason: str) -> None:
     run = RunDir(plan.run_dir)
     control = run.control(plan.job_id)
     step = int((read_json(control.status) or {}).get("step") or 0)
-    words = {"state": "stopped", "exit_code": exits.STOPPED, "reason": reason, "step": step}
-    if write_once(control.ended, json.dumps({**words, "at": round(time.time(), 3)}), 0o600):
-        append_event(run, "ended", **words)
+    put_end(run, control, state="stopped", exit_code=exits.STOPPED, reason=reason, step=step)
 
 
 def limit_line(ends_at: float | None, slowest_save_s: float) -> str:

@@ -20,7 +20,7 @@ from typing import Literal
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.rundir import Control, RunDir, append_event, write_atomic, write_once
+from dtrain.cluster.rundir import Control, RunDir, put_end, write_atomic, write_once
 from dtrain.slurm import client, owner
 
 SBATCH_S = 60.0  # sbatch tries again for a while when slurmctld is busy
@@ -86,9 +86,7 @@ def abandon(plan: JobPlan, reason: str) -> bool:
     control = run.control(plan.job_id)
     if not owner.claim_for_nobody(control):
         return False
-    ended = {"state": "failed", "exit_code": exits.FAILED, "reason": reason, "step": 0, "at": round(time.time(), 3)}
-    if write_once(control.ended, json.dumps(ended), 0o600):
-        append_event(run, "ended", **{key: value for key, value in ended.items() if key != "at"})
+    put_end(run, control, state="failed", exit_code=exits.FAILED, reason=reason, step=0)
     return True
 
 

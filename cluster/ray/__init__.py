@@ -1,0 +1,1 @@
+"""Back end `ray`. Nothing but this package imports Ray, and only where it is used."""
