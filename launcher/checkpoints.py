@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import CheckpointError, UsageError
-from dtrain.cluster.storage import IMPATIENT_RETRY_S, Storage, open_storage
+from dtrain.cluster.storage import IMPATIENT_RETRY_S, Storage, folder_of, open_storage
 from dtrain.launcher.runs import Job, known_jobs, read_job, resolve
 from dtrain.launcher.state import derive, gather
 from dtrain.runtime.checkpoint.attempts import CheckpointInfo, newest_live
@@ -51,7 +50,10 @@ def _step(text: str) -> int | Literal["best"]:
 def find_place(where: str) -> Place:
     """The store that a person means: a URL, a run, or a directory that holds checkpoints. Raises UsageError."""
     if "://" in where:
-        return Place(storage=open_storage(where, retry_s=IMPATIENT_RETRY_S), job=_writer_of(where))
+        storage = open_storage(where, retry_s=IMPATIENT_RETRY_S)
+        if storage.stat("job.json") is not None and (job := read_job(where)) is not None:
+            return Place(storage=open_storage(job.plan.checkpoint_url, retry_s=IMPATIENT_RETRY_S), job=job)
+        return Place(storage=storage, job=_writer_of(where))
     path = Path(where).expanduser()
     if path.is_dir():
         job = read_job(path)
@@ -103,7 +105,5 @@ def _writer_of(url: str) -> Job | None:
 
 def _plain(url: str) -> str:
     """One spelling for one place: an absolute path for files."""
-    if "://" not in url:
-        return os.path.abspath(url)
-    parts = urlsplit(url)
-    return os.path.abspath(unquote(parts.path)) if parts.scheme == "file" else url.rstrip("/")
+    folder = folder_of(url)
+    return url.rstrip("/") if folder is None else os.path.abspath(folder)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster.errors import Problem, UsageError
 from dtrain.cluster.jobplan import ClusterConfig
-from dtrain.cluster.storage import open_storage, scheme_of
-from dtrain.launcher.nodechecks import check_nodes
+from dtrain.cluster.mirror import is_url
+from dtrain.cluster.storage import folder_of, open_storage, scheme_of
+from dtrain.launcher.console import plural
+from dtrain.launcher.nodechecks import check_hosts, check_nodes, check_ray
+from dtrain.launcher.pipelinechecks import check_callables, check_pipeline
+from dtrain.launcher.podchecks import check_pods
 from dtrain.launcher.topology import shape_nodes
 from dtrain.runtime.config import (
     CheckpointConfig,
@@ -27,15 +30,19 @@ from dtrain.runtime.config import (
     Target,
     TrainConfig,
 )
+from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.tracking.feed import PACKAGES
 from dtrain.slurm.container import check_container
 from dtrain.slurm.optionchecks import check_options
-from dtrain.strategies.caps import CAPS, refused
+from dtrain.strategies.caps import CAPS, refused, refused_deferred
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.exactcheck import check_exact, check_fused
 from dtrain.strategies.layout import check_layout
 
 _MIN_FREE_BYTES = 1 << 20  # below that not even a run's logs have room
 
+_AT_URL = ("kubernetes", "local")  # back ends
+_SCHEMES = ("s3", "gs", "az", "file")
 Found = Iterator[tuple[str, str]]  # key, message
 
 # What an agent tells its workers (cluster/workerenv.py): a config that sets one would break the job.
@@ -59,6 +66,21 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         on_gpus = shape_nodes(cluster, gpus=gpus, cores=cores).gpus_per_node > 0
         return _computing(train, strategy, "cuda" if on_gpus else "cpu", nodes_here=cluster.backend == "local")
 
+    def check_sums(train: TrainConfig, data: DataConfig, strategy: StrategyConfig, cluster: ClusterConfig) -> Found:
+        if train.exact is not None:
+            world_size = cluster.nodes * shape_nodes(cluster, gpus=gpus, cores=cores).procs_per_node
+            yield from check_exact(
+                strategy,
+                train.exact.shards,
+                world_size=world_size,
+                batch_size=data.batch_size,
+                compiled=train.compile,
+            )
+
+    def check_stages(strategy: StrategyConfig, train: TrainConfig, data: DataConfig, cluster: ClusterConfig) -> Found:
+        shape = shape_nodes(cluster, gpus=gpus, cores=cores)
+        return check_pipeline(strategy, train, data, cluster.nodes, shape.procs_per_node)
+
     checks: tuple[tuple[tuple[str, ...], Callable[..., Found]], ...] = (
         (("train", "data"), _batches),
         (("train", "schedule", "optimizer"), _schedules),
@@ -69,8 +91,16 @@ def check_sections(values: Mapping[str, Any], where: Callable[[str], str], *, gp
         (("cluster",), _engine),
         (("cluster", "run_dir", "checkpoint"), _container),
         (("train", "strategy", "cluster"), check_computing),
+        (("strategy", "cluster"), _packages),
+        (("train", "data", "strategy", "cluster"), check_sums),
+        (("train", "optimizer"), _exact_optimizer),
+        (("model", "strategy"), _deferred),
+        (("strategy", "train", "data", "cluster"), check_stages),
+        (("strategy", "loss_closure", "on_end"), check_callables),
         (("run_dir", "checkpoint"), _places),
+        (("cluster", "run_dir"), _run_dir_at_url),
         (("track",), _trackers),
+        (("track", "run_dir"), _trackers_at_url),
     )
     problems: list[Problem] = []
     for needed, check in checks:
@@ -181,8 +211,8 @@ def _cluster(strategy: StrategyConfig, cluster: ClusterConfig, gpus: int, cores:
     if cluster.backend == "local" and shape.gpus_per_node > share:
         yield (
             "cluster.gpus_per_node",
-            f"{shape.gpus_per_node} on each of {cluster.nodes} nodes, but this machine has {gpus} GPUs in all. "
-            f"Set {share} or auto.",
+            f"{shape.gpus_per_node} on each of {plural(cluster.nodes, 'node')}, but this machine has {gpus} GPUs in "
+            f"all. Set {share} or auto.",
         )
     for name in cluster.env:
         if name in _RESERVED or name.startswith("DTRAIN_"):
@@ -199,7 +229,11 @@ def _engine(cluster: ClusterConfig) -> Found:
     """What only one back end knows how to do. What is set for another one is left alone: a site's file sets it."""
     if cluster.backend == "slurm":
         yield from check_options(cluster)
-    elif cluster.container is not None:
+    if cluster.backend == "ssh":
+        yield from check_hosts(cluster)
+    if cluster.backend == "ray":
+        yield from check_ray(cluster)
+    if cluster.backend != "slurm" and cluster.container is not None:
         yield (
             "cluster.container",
             f"backend {cluster.backend} starts no containers. Leave it out, or set backend: slurm.",
@@ -209,6 +243,8 @@ def _engine(cluster: ClusterConfig) -> Found:
 def _container(cluster: ClusterConfig, run_dir: str, checkpoint: CheckpointConfig) -> Found:
     if cluster.backend == "slurm":
         yield from check_container(cluster, run_dir, checkpoint.url)
+    if cluster.backend == "kubernetes":
+        yield from check_pods(cluster, run_dir, checkpoint.url)
 
 
 def _trackers(track: tuple[str, ...]) -> Found:
@@ -220,6 +256,20 @@ def _trackers(track: tuple[str, ...]) -> Found:
             yield f"track.{index}", f"{name} is there twice. Leave one out."
 
 
+def _packages(strategy: StrategyConfig, cluster: ClusterConfig) -> Found:
+    """Another Python on the nodes has packages of its own, and says so itself."""
+    if strategy.name not in CAPS or cluster.python != "auto" or cluster.backend == "kubernetes":
+        return
+    for package in CAPS[strategy.name].needs:
+        if importlib.util.find_spec(package.module) is None:
+            yield "strategy", f"{strategy.name} needs {package.module}, which is not installed here. {package.install}"
+
+
+def _deferred(model: ModelConfig, strategy: StrategyConfig) -> Found:
+    if model.deferred_init and strategy.name in CAPS and (problem := refused_deferred(strategy, CAPS[strategy.name])):
+        yield "model.deferred_init", problem
+
+
 def _computing(train: TrainConfig, strategy: StrategyConfig, device_type: str, *, nodes_here: bool) -> Found:
     if strategy.name in CAPS:  # `auto` chooses one that can
         problems = refused(
@@ -229,6 +279,7 @@ def _computing(train: TrainConfig, strategy: StrategyConfig, device_type: str, *
             precision=train.precision,
             checkpointing=train.activation_checkpointing != "none",
             compiled=train.compile,
+            tensor=strategy.tensor,
         )
         yield from (("strategy", f"{problem}.") for problem in problems)
     compiler = os.environ.get("CXX", "g++")  # as torch looks for it; the nodes are asked again
@@ -239,8 +290,44 @@ def _computing(train: TrainConfig, strategy: StrategyConfig, device_type: str, *
         )
 
 
+def _exact_optimizer(train: TrainConfig, optimizer: OptimizerConfig) -> Found:
+    if train.exact is None:
+        return
+    if problem := check_fused(optimizer.target.kwargs):
+        yield "optimizer.fused", problem
+    for number, group in enumerate(optimizer.groups):
+        if problem := check_fused(group.settings):
+            yield f"optimizer.groups.{number}.fused", problem
+
+
+def _run_dir_at_url(cluster: ClusterConfig, run_dir: str) -> Found:
+    """Who can do without a folder that all nodes share."""
+    if not is_url(run_dir):
+        return
+    try:
+        open_storage(run_dir)
+    except UsageError as error:
+        yield "run_dir", str(error)
+        return
+    if scheme_of(run_dir) not in _SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        yield "run_dir", f"expects a folder, or a URL with one of {known}; found {run_dir}."
+    if cluster.backend not in _AT_URL:
+        yield (
+            "run_dir",
+            f"backend {cluster.backend} needs a folder that this machine and all nodes share, found {run_dir}. A URL "
+            f"goes with {' and '.join(_AT_URL)}; checkpoints go to a URL with every backend: checkpoint.url.",
+        )
+
+
+def _trackers_at_url(track: Sequence[str], run_dir: str) -> Found:
+    if is_url(run_dir) and "tensorboard" in track:
+        yield "track", "tensorboard's files would stay on the nodes where run_dir is a URL. Take mlflow, or a folder."
+
+
 def _places(run_dir: str, checkpoint: CheckpointConfig) -> Found:
-    if run_obstacle := directory_obstacle(Path(run_dir)):
+    run_obstacle = "" if is_url(run_dir) else directory_obstacle(Path(run_dir))
+    if run_obstacle:
         yield "run_dir", run_obstacle
     try:
         open_storage(checkpoint.url)
@@ -252,9 +339,15 @@ def _places(run_dir: str, checkpoint: CheckpointConfig) -> Found:
             "checkpoint.url",
             "memory:// is seen by the process that writes it and no other. Choose another store.",
         )
-    parts = urlsplit(checkpoint.url)
-    path = Path(unquote(parts.path)) if "://" in checkpoint.url else Path(checkpoint.url)
-    if parts.scheme not in ("", "file") or (run_obstacle and path.is_relative_to(run_dir)):
+    if (folder := folder_of(checkpoint.url)) is None:
+        return
+    path = Path(folder)
+    if "://" not in checkpoint.url and (scheme := next((part for part in path.parts if part.endswith(":")), None)):
+        yield (
+            "checkpoint.url",
+            f"{path} would be a folder. Did you mean {scheme}//...? A folder it is with file://{path}.",
+        )
+    if run_obstacle and path.is_relative_to(run_dir):
         return
     if obstacle := directory_obstacle(path):
         yield "checkpoint.url", obstacle

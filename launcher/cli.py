@@ -42,6 +42,7 @@ class Command:
 
 COMMANDS = (
     Command(name="launch", help="train what a config file describes", overrides=True),
+    Command(name="run", help="the same under mpirun or srun --mpi, on the ranks that these start", overrides=True),
     Command(name="init", help="write a config and a module that train as they are"),
     Command(name="config", help="the resolved config, each value with its file:line", overrides=True),
     Command(name="ls", help="the runs that you launched from this account"),
@@ -50,6 +51,7 @@ COMMANDS = (
     Command(name="attach", help="follow a run that is going on"),
     Command(name="cancel", help="stop a run and mark it cancelled (launch goes on from there)"),
     Command(name="stack", help="where each rank of a run is in its code"),
+    Command(name="verify", help="a strategy against one process: where they part and why", overrides=True),
     Command(name="ckpt", help="list, show, verify and tidy up checkpoints"),
     Command(name="doctor", help="try machine, software and storage, and say what to do", overrides=True),
 )

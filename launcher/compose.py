@@ -22,6 +22,7 @@ from dtrain.cluster.errors import ConfigError, Problem
 from dtrain.cluster.jobplan import ClusterConfig
 from dtrain.cluster.layers import layer_of, merge_layers, parse_overrides
 from dtrain.cluster.references import resolve_references
+from dtrain.launcher.autobackend import Choice, resolve
 from dtrain.launcher.checks import check_sections
 from dtrain.launcher.nodechecks import find_leaks
 from dtrain.launcher.sources import misplaced_extends, read_sources
@@ -48,13 +49,15 @@ class LaunchConfig:
 
     path: str  # of the config file, absolute
     name: str
-    run_dir: str  # absolute
+    run_dir: str  # absolute, or a URL
     content: RunConfig | ScriptRunConfig
     strategy: StrategyConfig  # of no meaning for a script
     cluster: ClusterConfig
     resolved: dict[str, Any]
     origins: dict[str, str]  # key path -> "file:line", "command line", "--nodes" or "default"
     overrides: tuple[str, ...] = ()  # the words that came with the file, --nodes and --backend among them
+    folders: tuple[str, ...] = ()  # absolute: the config's own, then those of the files that it extends
+    chosen: str = ""  # which engine cluster.backend: auto has found, and why
 
     @property
     def run(self) -> RunConfig:
@@ -73,7 +76,7 @@ def launch_schema(default_name: str | None = None) -> Schema:
     """Every top-level key. `default_name`: the name of a run whose config gives none."""
     run = schema_of(RunConfig)
     name = replace(run["name"], default=default_name) if default_name is not None else run["name"]
-    doc = "a directory that the submitting host and all nodes share, made when missing"
+    doc = "a directory that the submitting host and all nodes share, made when missing; or the URL of a bucket"
     return {
         "name": name,
         "run_dir": FieldSpec(hint=str, default="runs/${name}", metadata={"doc": doc}),
@@ -152,6 +155,7 @@ def load_config(
     schema, merged, kind_problems = _of_one_kind(merged, default_name)
     tree, reference_problems = resolve_references(fill_defaults(schema, merged), os.environ, _ABSOLUTE)
     values, bind_problems = bind_fields(schema, tree)
+    choice = _choose_backend(values)
     cross_problems = check_sections(
         {"strategy": StrategyConfig(), **values},
         lambda key: _place(tree, key, os.fspath(path)),
@@ -164,7 +168,19 @@ def load_config(
         raise ConfigError(_in_order(problems, os.fspath(path), sources.files))
     options = {"cluster.nodes": nodes, "cluster.backend": backend}
     typed = (*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None))
-    return _build(os.path.abspath(path), tree, values, typed)
+    files = [os.path.abspath(file) for file in (path, *reversed(sources.extended))]
+    config = _build(files[0], tree, values, typed, tuple(dict.fromkeys(map(os.path.dirname, files))))
+    return replace(config, chosen=f"{choice.backend}: {choice.why}") if choice else config
+
+
+def _choose_backend(values: dict[str, Any]) -> Choice | None:
+    """Puts the engine in the place of `auto`: nothing after it has to know that word. Raises UsageError."""
+    cluster: ClusterConfig | None = values.get("cluster")
+    if cluster is None or cluster.backend != "auto":
+        return None
+    choice = resolve(cluster)
+    values["cluster"] = replace(cluster, backend=choice.backend)
+    return choice
 
 
 def label_of(stem: str) -> str:
@@ -192,12 +208,14 @@ def _absolute_url(url: str) -> str:
 
 # What a relative path starts at must not depend on where a node's processes are started.
 _ABSOLUTE: dict[str, Callable[[str], str]] = {
-    "run_dir": os.path.abspath,
-    **dict.fromkeys(("checkpoint.url", "model.init_from", "model.init_from.url"), _absolute_url),
+    "cluster.ssh.hostfile": lambda path: os.path.abspath(path) if path else path,
+    **dict.fromkeys(("run_dir", "checkpoint.url", "model.init_from", "model.init_from.url"), _absolute_url),
 }
 
 
-def _build(path: str, tree: Node, values: dict[str, Any], overrides: tuple[str, ...]) -> LaunchConfig:
+def _build(
+    path: str, tree: Node, values: dict[str, Any], overrides: tuple[str, ...], folders: tuple[str, ...]
+) -> LaunchConfig:
     kind = ScriptRunConfig if SCRIPT_KEY in values else RunConfig
     run_keys = schema_of(kind)
     resolved = {key: plain(value) for key, value in values.items()}
@@ -211,6 +229,7 @@ def _build(path: str, tree: Node, values: dict[str, Any], overrides: tuple[str, 
         resolved=resolved,
         origins={key: _place(tree, key, DEFAULT) for key in flatten(resolved)},
         overrides=overrides,
+        folders=folders,
     )
 
 

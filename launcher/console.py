@@ -106,11 +106,22 @@ def event_lines(event: Event) -> list[Said]:
 def _attempt_started(event: Event) -> list[Said]:
     origin = event.get("from")
     start = f"from step {origin['step']}" if origin else "from the beginning"
-    ranks = plural(event.get("world_size", 1), "rank")
+    nodes = event.get("nodes", 1)
+    shape = f"{nodes_of(nodes, event.get('nodes_asked', nodes))}, {plural(event.get('world_size', 1), 'rank')}"
     if event.get("again"):
-        shape = f"{plural(event.get('nodes', 1), 'node')}, {ranks}"
         return [Said(f"restarting {start} (attempt {event.get('attempt')}): {shape}")]
-    return [Said(f"attempt {event.get('attempt')}: {plural(event.get('nodes', 1), 'node')}, {ranks}, {start}", "quiet")]
+    return [Said(f"attempt {event.get('attempt')}: {shape}, {start}", "quiet")]
+
+
+def nodes_of(nodes: int, asked: int) -> str:
+    """Like `3 nodes`, or `2 of 3 nodes` where a run goes on with fewer."""
+    return plural(nodes, "node") if nodes == asked else f"{nodes} of {plural(asked, 'node')}"
+
+
+def _left_out(event: Event) -> list[Said]:
+    spare = f", {event['spare']} to spare" if event.get("spare") else ""
+    rest = f"{nodes_of(event.get('nodes', 1), event.get('nodes_asked', 1))}{spare}"
+    return [Said(f"goes on with {rest}: {event.get('reason')}", "bad")]
 
 
 def _workers_started(event: Event) -> list[Said]:
@@ -152,6 +163,9 @@ _EVENTS: dict[str, Callable[[Event], list[Said]]] = {
     "failure": lambda event: failure_view(event),
     "restart": lambda event: [Said(f"restarting: {event.get('reason', '')}".rstrip(": "))],
     "node_lost": lambda event: [Said(f"node {_node(event)} is lost", "bad")],
+    "node_left_out": _left_out,
+    "node_replaced": lambda event: [Said(f"node {_node(event)}: {event.get('reason')}", "bad")],
+    "nodes_excluded": lambda event: [Said(f"starts anew {event.get('reason')}", "bad")],
     "node_joined": lambda event: [Said(f"node {_node(event)} joined", "quiet")],
     "stopping": _stopping,
     "result": lambda event: [Said(line) for line in str(event.get("text", "")).splitlines()],

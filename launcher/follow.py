@@ -13,13 +13,13 @@ import shlex
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from dtrain.cluster import exits
-from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
+from dtrain.cluster.rundir import RunDir, look_again, read_json, read_jsonl
 from dtrain.launcher.console import Said, continue_command, event_lines, outcome_lines, without_message
 from dtrain.launcher.departure import wait_until_gone
 from dtrain.launcher.pace import Pace, is_work, stall_words
@@ -32,6 +32,8 @@ from dtrain.launcher.tail import JsonTail, LineTail
 POLL_S = 0.15
 KILLED = "killed by Ctrl-C (second time)"
 ASK_BACKEND_S = 2.0
+_CANCELLER_S = 10.0  # for who cancels a run to put its end down
+_LOOK_S = 1.0  # into a store
 BACKEND_AGE_S = 40.0  # a scheduler is asked rarely, once for all followers: the files tell of everything but a death
 TRACEBACK_HOLD_S = 3.0
 # What comes before the first step of an attempt.
@@ -89,11 +91,11 @@ class RunView:
         self._show_log()
         self._show_metrics(None)
 
-    def follow_log(self, attempt: int, *, from_end: bool) -> None:
+    def follow_log(self, attempt: int, node: int, *, from_end: bool) -> None:
         if self._log is not None:
             self._show_log()
             self._log.close()
-        self._log = LineTail(self._run.log(attempt, 0), from_end=from_end)
+        self._log = LineTail(self._run.log(attempt, node), from_end=from_end)
 
     def close(self) -> None:
         for line in self._printed.flush():
@@ -109,7 +111,7 @@ class RunView:
             self._attempts += 1
             self.pace.restart()
             self._screen.waiting(0.0, "")
-            self.follow_log(int(event["attempt"]), from_end=False)
+            self.follow_log(int(event["attempt"]), _first_node(event), from_end=False)
             event, self._restarting = {**event, "again": self._restarting}, False
         if kind == "node_joined" and self._attempts == 0:
             return  # that the nodes of a new job join is no news
@@ -144,6 +146,11 @@ class RunView:
     def _show_log(self) -> None:
         for line in self._printed.take([] if self._log is None else self._log.poll(), time.monotonic()):
             self._screen.say(Said(line))
+
+
+def _first_node(attempt_started: Mapping[str, Any]) -> int:
+    """The one of rank 0."""
+    return int((attempt_started.get("node_ranks") or [0])[0])
 
 
 class RankZeroLines:
@@ -194,7 +201,9 @@ def follow(job: Job, screen: Screen, since: Bookmark, *, attempt: int = 0) -> in
     """
     view = RunView(job.run, screen, since)
     if attempt:
-        view.follow_log(attempt, from_end=True)
+        starts = (event for event in read_jsonl(job.run.events) if event["type"] == "attempt_started")
+        first = next((_first_node(event) for event in starts if event.get("attempt") == attempt), 0)
+        view.follow_log(attempt, first, from_end=True)
     try:
         with _interrupts() as interrupts:
             return _until_end(job, screen, view, interrupts)
@@ -208,6 +217,7 @@ def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float])
     asked_at = time.monotonic()
     handled = 0
     while True:
+        look_again(job.run.path, _LOOK_S)
         ended = job.final_end()  # read before the poll, so that the last lines are shown before the end
         view.poll()
         if ended is not None:
@@ -220,8 +230,8 @@ def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float])
         if time.monotonic() - asked_at > ASK_BACKEND_S:
             asked_at = time.monotonic()
             if _is_gone(job):
+                ended = _last_word(job)
                 view.poll()
-                ended = read_json(job.control.ended)
                 return _say_all_gone(job, screen) if ended is None else _say_outcome(job, screen, view, ended)
             queue.look()
         time.sleep(POLL_S)
@@ -278,6 +288,17 @@ def _is_gone(job: Job) -> bool:
     return job.backend.state(job.plan, patience_s(_quiet_s(job))) == "gone" and job.final_end() is None
 
 
+def _last_word(job: Job) -> dict[str, Any] | None:
+    """Of a job whose nodes are gone. Who cancels one that does not end kills it first, and then puts its end down."""
+    deadline = time.monotonic() + (_CANCELLER_S if job.control.cancel.exists() else 0.0)
+    while True:
+        look_again(job.run.path)
+        ended = read_json(job.control.ended)
+        if ended is not None or time.monotonic() > deadline:
+            return ended
+        time.sleep(POLL_S)
+
+
 def patience_s(quiet_s: float) -> float:
     """How old the back end's word may be: the longer nothing has happened, the less soon something will."""
     return min(BACKEND_AGE_S, max(ASK_BACKEND_S, quiet_s))
@@ -319,7 +340,7 @@ def _say_outcome(job: Job, screen: Screen, view: RunView, ended: dict[str, Any])
     words = outcome_lines(
         ended,
         steps=job.steps,
-        run_dir=str(job.run.path),
+        run_dir=job.run.place,
         url=job.plan.checkpoint_url,
         again=again_command(job),
         failure=view.failure,

@@ -15,10 +15,13 @@ from dtrain.cluster.configfile import Node, nearest, walk
 from dtrain.cluster.errors import Problem, UsageError
 from dtrain.cluster.interfaces import list_interfaces, network_of, pick
 from dtrain.cluster.jobplan import ClusterConfig
+from dtrain.cluster.ray.jobs import INSTALL, is_installed
 from dtrain.cluster.secretrefs import Secret, file_values, parse_secret, secret_values
+from dtrain.cluster.sshconfig import slots_of
 
 Found = Iterator[tuple[str, str]]  # key, message
 _BASH_TIMEOUT_S = 10
+_SECRET = "Name it: cluster.kubernetes.secret: keys (kubectl create secret generic keys --from-literal={name}=...)"
 _MIN_LEAK_CHARS = 6  # shorter values are in ordinary text by accident
 
 
@@ -48,6 +51,12 @@ def _secrets(cluster: ClusterConfig, environ: Mapping[str, str]) -> Found:
             yield key, f"{name} is in cluster.env too, which everybody can read. Leave it out there, and export it."
         elif secret.path is not None:
             yield from ((key, message) for message in _file_problems(secret, entry))
+        elif cluster.backend == "kubernetes":
+            if cluster.kubernetes.secret is None:
+                yield (
+                    key,
+                    f"{name} reaches pods only from a Secret of the cluster. {_SECRET.format(name=name)}",
+                )
         elif not environ.get(name):
             near = nearest(name, environ, cutoff=0.8)
             hint = f" Did you mean {near}?" if near else ""
@@ -115,6 +124,31 @@ def _interface(cluster: ClusterConfig) -> Found:
             pick(cluster.interface, list_interfaces())
         except UsageError as error:
             yield "cluster.interface", f"{error} Set one of them, or auto."
+
+
+def check_hosts(cluster: ClusterConfig) -> Found:
+    """The list of machines that ssh is to reach; whether it does is seen at the launch."""
+    key = "cluster.ssh.hostfile" if cluster.ssh.hostfile else "cluster.ssh.hosts"
+    try:
+        hosts = cluster.ssh.read_hosts()
+        if cluster.procs_per_node == "auto":
+            slots_of(hosts[: cluster.nodes])
+    except ValueError as error:
+        yield key, str(error)
+        return
+    if len(hosts) < cluster.nodes:
+        names = ", ".join(host.name for host in hosts[:5])
+        found = f"{cluster.nodes} nodes, but {len(hosts)} listed ({names})" if hosts else "lists no machine"
+        yield key, f"{found}. Name each machine as ssh knows it, like [node1, node2]."
+    if shutil.which("ssh") is None:
+        yield "cluster.backend", "ssh is not installed here. Install OpenSSH's client."
+
+
+def check_ray(cluster: ClusterConfig) -> Found:
+    """What can be known without the cluster; whether it answers is seen at the launch."""
+    yield from cluster.ray.problems()
+    if not is_installed():
+        yield "cluster.backend", f"ray needs the package ray, which is not installed here. {INSTALL}"
 
 
 def find_leaks(tree: Node, entries: Sequence[str], environ: Mapping[str, str]) -> list[Problem]:

@@ -22,7 +22,8 @@ Written by `python -m dtrain.launcher.reference` from the dataclasses of the cod
   quotes); a key that is given twice or is unknown is an error.
 - **Targets.** A dotted name of a callable and its keywords: `{_target_: package.module.name, key: value}`; without
   keywords just `package.module.name`. Modules are looked for beside the config file, then in the working directory,
-  then in the environment. They are imported and their signatures checked before anything starts.
+  beside the files that the config extends, and in the environment. They are imported and their signatures checked
+  before anything starts.
 - **References.** `${key.path}` stands for another value, `${env:NAME}` for an environment variable, a leading `~/` for
   the home directory; `$${` is a literal `${`. The run directory's config.yaml has them written out: keep secrets away.
 - **Command line.** `key.path=value` sets single values, list items by number: `optimizer.groups.0.weight_decay=0.1`.

@@ -12,8 +12,9 @@ from typing import Any
 from dtrain.cluster.backends import Backend, get_backend
 from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.mirror import is_url
 from dtrain.cluster.procs import Liveness
-from dtrain.cluster.rundir import Control, RunDir, read_json
+from dtrain.cluster.rundir import Control, RunDir, read_json, refresh
 from dtrain.cluster.storage import IMPATIENT_RETRY_S, open_storage
 from dtrain.launcher import labels
 from dtrain.launcher.console import plural
@@ -76,8 +77,13 @@ def describe_checkpoint(url: str, info: CheckpointInfo) -> str:
 
 
 def read_job(path: str | os.PathLike[str]) -> Job | None:
-    """The job of the run directory `path`; None where no run was ever submitted."""
+    """The job of the run directory `path`, or at a URL; None where no run was ever submitted. Raises StorageError."""
     run = RunDir(path)
+    refresh(run.path)
+    return _read(run)
+
+
+def _read(run: RunDir) -> Job | None:
     if not os.path.isfile(run.job):  # a label may also be the name of a file here, or no file name at all
         return None
     try:
@@ -91,13 +97,14 @@ def read_job(path: str | os.PathLike[str]) -> Job | None:
 
 
 def known_jobs(cwd: Path) -> list[Job]:
-    """The runs of the label registry and those under `cwd`/runs that still exist, the newest submission first."""
-    remembered = [Path(label.run_dir) for label in labels.remembered()]
-    nearby = [file.parent for file in (cwd / "runs").glob("*/job.json")]
+    """The runs of the label registry and those under `cwd`/runs that still exist, the newest submission first. Those
+    at a URL as they were when they were looked at last."""
+    remembered = [label.run_dir for label in labels.remembered()]
+    nearby = [str(file.parent) for file in (cwd / "runs").glob("*/job.json")]
     jobs = []
-    for path in dict.fromkeys(Path(os.path.abspath(path)) for path in [*remembered, *nearby]):
+    for place in dict.fromkeys(place if is_url(place) else os.path.abspath(place) for place in remembered + nearby):
         try:
-            job = read_job(path)
+            job = _read(RunDir(place))
         except (UsageError, ValueError, OSError):
             continue  # one broken directory must not hide the others
         if job is not None:
@@ -106,7 +113,19 @@ def known_jobs(cwd: Path) -> list[Job]:
 
 
 def resolve(text: str, cwd: Path) -> tuple[Job, str]:
-    """The run that `text` means, and a remark for the person ("" where nothing is unclear). Raises UsageError."""
+    """The run that `text` means, and a remark for the person ("" where nothing is unclear). Raises UsageError,
+    StorageError."""
+    job, remark = _find(text, cwd)
+    if is_url(job.run.place) and (newest := read_job(job.run.place)) is not None:
+        job = newest
+    return job, remark
+
+
+def _find(text: str, cwd: Path) -> tuple[Job, str]:
+    if is_url(text):
+        if (job := read_job(text)) is None:
+            raise UsageError(f"{text}: no run was submitted there.")
+        return job, ""
     if (job := read_job(os.path.join(cwd, os.path.expanduser(text)))) is not None:
         return job, ""
     jobs = known_jobs(cwd)
@@ -117,8 +136,8 @@ def resolve(text: str, cwd: Path) -> tuple[Job, str]:
             return job, f"{text} was an earlier job of this run; its newest is {job.plan.job_id}"
     named = [job for job in jobs if job.plan.name == text]
     if named:
-        others = ", ".join(str(job.run.path) for job in named[1:])
-        return named[0], f"{text} is {named[0].run.path}, launched last; also called so: {others}" if others else ""
+        others = ", ".join(job.run.place for job in named[1:])
+        return named[0], f"{text} is {named[0].run.place}, launched last; also called so: {others}" if others else ""
     if text.isdigit() and (job := find_by_number(text, jobs)) is not None:
         return job, ""
     if (

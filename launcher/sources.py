@@ -28,6 +28,7 @@ class Sources:
     problems: list[Problem] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # as named in messages, in the order of `layers`
     complete: bool = True
+    extended: list[str] = field(default_factory=list)  # of `files`, those that the config extends, at any depth
 
 
 def read_sources(path: str | os.PathLike[str], environ: Mapping[str, str]) -> Sources:
@@ -100,6 +101,8 @@ def _read_chain(file: str, above: tuple[str, ...], sources: Sources) -> None:
         _read_base(base, place, chain, sources)
     sources.layers.append(node)
     sources.files.append(file)
+    if above:
+        sources.extended.append(file)
 
 
 def _read_base(base: str, place: str, chain: tuple[str, ...], sources: Sources) -> None:

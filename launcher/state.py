@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.cluster.rundir import read_json
+from dtrain.cluster.rundir import look_again, read_json
 from dtrain.launcher.runs import Job
 
 ACTIVE = frozenset({"pending", "running", "stopping", "requeued"})
@@ -58,7 +58,9 @@ def derive(facts: Facts) -> Derived:
         return Derived(state="requeued", reason=facts.words, seen_at=seen_at)
     starting = facts.status is None and facts.now - facts.submitted_at < STARTING_S
     if facts.backend == "alive" or starting:
-        if last not in ACTIVE:  # none yet, or of the time before it was started again
+        if last == "stopped":  # said before it was started again
+            return Derived(state="requeued", reason=facts.words or "its nodes are being started again", seen_at=seen_at)
+        if last not in ACTIVE:
             return Derived(state="pending", reason=facts.words, seen_at=seen_at)
         return Derived(state=last, reason=str(status.get("reason") or facts.words), seen_at=seen_at)
     return Derived(state="failed", reason=facts.words or "all nodes died without a word", seen_at=seen_at)
@@ -67,6 +69,8 @@ def derive(facts: Facts) -> Derived:
 def gather(job: Job) -> Facts:
     # ended.json is read again after the processes were found gone: a job that ends in between has ended, not died.
     backend_state, control = job.backend_state(), job.control
+    if backend_state == "gone":
+        look_again(job.run.path)
     ended = read_json(control.ended)
     may_restart = ended is None or job.may_start_again(ended)
     return Facts(
@@ -100,7 +104,7 @@ def read_status(job: Job, *, look_for_checkpoint: bool = True) -> dict[str, Any]
     checkpoint = job.newest_checkpoint_step() if look_for_checkpoint else None
     return {
         "name": job.plan.name,
-        "run_dir": str(job.run.path),
+        "run_dir": job.run.place,
         "backend": job.plan.backend,
         "job_id": job.plan.job_id,
         "called": job.backend.called(job.plan),
@@ -110,6 +114,7 @@ def read_status(job: Job, *, look_for_checkpoint: bool = True) -> dict[str, Any]
         "attempt": status.get("attempt", 0),
         "world_size": status.get("world_size") or job.plan.world_size,
         "nodes": status.get("nodes") or job.plan.nodes,
+        "nodes_asked": job.plan.nodes,
         "workers": [] if derived.is_over else status.get("workers", []),
         "checkpoint": status.get("checkpoint") if checkpoint is None else checkpoint,
         "reason": derived.reason,

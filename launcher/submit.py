@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from dtrain.cluster import exits
 from dtrain.cluster.configfile import DEFAULT
 from dtrain.cluster.errors import ConfigError, Problem, UnclearError, UsageError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.rundir import RunDir, append_event, read_jsonl, write_atomic, write_once
+from dtrain.cluster.kubernetesconfig import is_on_volume
+from dtrain.cluster.mirror import is_url
+from dtrain.cluster.rundir import RunDir, append_event, publish, put_end, read_jsonl, write_atomic, write_once
 from dtrain.cluster.secretrefs import parse_secrets
+from dtrain.cluster.storage import folder_of
 from dtrain.cluster.zygote import Zygote
 from dtrain.launcher import labels
 from dtrain.launcher.bundle import Bundle, Module, collect, describe_bundle, over_limit
@@ -81,7 +83,7 @@ def _refuse_lost_checkpoints(run: RunDir, url: str) -> None:
 
 def refuse_foreign(run: RunDir) -> None:
     """A directory with somebody's files in it is no place for a run: config.yaml there may be the person's own."""
-    if run.job.exists() or not run.path.is_dir():
+    if run.job.exists() or is_url(run.place) or not run.path.is_dir():
         return
     foreign = sorted(entry.name for entry in run.path.iterdir() if entry.name not in OURS)
     if foreign and not (run.path / "control").is_dir():
@@ -92,7 +94,7 @@ def refuse_foreign(run: RunDir) -> None:
 def _existing(config: LaunchConfig, run: RunDir) -> Existing | None:
     import yaml
 
-    job = read_job(run.path)
+    job = read_job(run.place)
     if job is None:
         return None
     status = read_status(job, look_for_checkpoint=False)
@@ -123,6 +125,7 @@ def header(plan: JobPlan, settled: Settled, code: Bundle | None = None) -> list[
     """The first lines that a person sees: what, where, and from which step."""
     device = f"{plural(plan.gpus_per_node, 'GPU')} a node" if plan.gpus_per_node else "CPU"
     shape = f"{plural(plan.nodes, 'node')} x {plural(plan.procs_per_node, 'process')}, {device}, {plan.backend}"
+    shape += _machines(plan)
     lines = [
         f"{plan.name}: {shape}",
         f"  run dir      {plan.run_dir}",
@@ -139,6 +142,18 @@ def header(plan: JobPlan, settled: Settled, code: Bundle | None = None) -> list[
     return lines + [f"  {line}" for line in settled.decision.lines]
 
 
+def _machines(plan: JobPlan) -> str:
+    """The machines that the launch has chosen, like " (node1, node2; spare: node9)"; "" where an engine does that."""
+    if not plan.hosts:
+        return ""
+    spare = plan.hosts[plan.nodes :]
+    return f" ({_first(plan.hosts[: plan.nodes])}{f'; spare: {_first(spare)}' if spare else ''})"
+
+
+def _first(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def _origin(plan: JobPlan, settled: Settled) -> str:
     found = settled.checkpoint
     if found is not None:
@@ -151,11 +166,13 @@ def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) 
     """The code that the nodes are to run; None where they use it as it lies. Raises ConfigError for too much of it."""
     asked = config.cluster.code
     unseen = has_own_python(plan.container, plan.python)  # so it is not known what the targets import
-    if asked == "live" or (asked == "auto" and (plan.kind == "script" or unseen)):
+    if asked == "live" or (asked == "auto" and ((plan.kind == "script" and _is_seen(plan)) or unseen)):
         return None
     scripts = (module.folder for module in modules if plan.kind == "script")
     places = list(dict.fromkeys([*plan.sys_path, *scripts]))
-    never = [plan.run_dir, unquote(urlsplit(plan.checkpoint_url).path), *_secret_files(plan)]
+    never = [plan.run_dir, *_secret_files(plan)]
+    if (folder := folder_of(plan.checkpoint_url)) is not None:
+        never.append(folder)
     bundle = collect(places, modules, exclude=never)
     if message := over_limit(bundle, config.cluster.bundle_limit_mb):
         key = "cluster.bundle_limit_mb"
@@ -165,6 +182,11 @@ def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) 
     return bundle if bundle.trees else None
 
 
+def _is_seen(plan: JobPlan) -> bool:
+    """Whether the nodes have this machine's folders. Pods have those that they mount."""
+    return plan.backend != "kubernetes" or all(is_on_volume(plan.kubernetes, folder) for folder in plan.sys_path)
+
+
 def _secret_files(plan: JobPlan) -> list[str]:
     files = [secret.file for secret in parse_secrets(plan.secrets) if secret.file is not None]
     return [str(path) for file in files for path in (file, file.resolve())]
@@ -172,7 +194,9 @@ def _secret_files(plan: JobPlan) -> list[str]:
 
 def pack_code(plan: JobPlan, code: Bundle) -> JobPlan:
     """Puts the archive into the run directory; the plan that has the nodes use it."""
-    digest = pack(code, RunDir(plan.run_dir).path / "code")
+    run = RunDir(plan.run_dir)
+    digest = pack(code, run.path / "code")
+    publish(run.code(digest))
     sys_path = tuple(dict.fromkeys([*plan.sys_path, *code.sys_path]))
     return replace(plan, code_digest=digest, code_roots=code.roots, sys_path=sys_path)
 
@@ -214,11 +238,7 @@ def submit(job: Job, zygote: Zygote | None) -> None:
 
 def end(job: Job, *, state: str, exit_code: int, reason: str, step: int) -> bool:
     """Writes how the job ended where no coordinator can; True if nobody had."""
-    ended = {"state": state, "exit_code": exit_code, "reason": reason, "step": step, "at": round(time.time(), 3)}
-    if not write_once(job.control.ended, json.dumps(ended), mode=0o600):
-        return False
-    append_event(job.run, "ended", state=state, exit_code=exit_code, reason=reason, step=step)
-    return True
+    return put_end(job.run, job.control, state=state, exit_code=exit_code, reason=reason, step=step)
 
 
 def git_commit(directory: Path) -> str | None:

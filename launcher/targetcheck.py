@@ -73,8 +73,10 @@ def look_at_targets(
     """
     if has_own_python(config.cluster.container, python):
         return Checked(problems=[])
-    if config.cluster.container is not None:  # its setup lines are for inside
+    if config.cluster.container is not None or config.cluster.backend == "kubernetes":  # setup lines are for inside
         config = replace(config, cluster=replace(config.cluster, setup=()))
+    if config.cluster.backend == "kubernetes":
+        python = sys.executable  # nobody can look into the image; this one has the same dtrain
     environ = {**config.cluster.env, **os.environ, "PYTHONSAFEPATH": "1"}  # what was exported wins, as for workers
     if isinstance(config.content, ScriptRunConfig):
         script = config.content.script

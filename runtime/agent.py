@@ -21,18 +21,20 @@ from typing import Any
 from dtrain.cluster import exits
 from dtrain.cluster.backends import get_backend
 from dtrain.cluster.devices import usable_cores
-from dtrain.cluster.errors import DtrainError, NodeError, UsageError
+from dtrain.cluster.errors import DtrainError, NodeError, StorageError, UsageError
 from dtrain.cluster.jobplan import JobPlan, with_threads, worker_environ
 from dtrain.cluster.ports import listening_socket
 from dtrain.cluster.procs import EARLY_STOP, STOP_SIGNALS, ProcessId, set_process_name, unblock_stops
-from dtrain.cluster.rundir import RunDir, read_json, write_atomic, write_once
+from dtrain.cluster.rundir import RunDir, look_again, read_json, write_atomic, write_once
 from dtrain.cluster.storage import open_storage
+from dtrain.runtime.background import in_background
 from dtrain.runtime.channel import Channel, connect
 from dtrain.runtime.checkpoint.attempts import Attempt, claim_attempt
 from dtrain.runtime.codedir import CodeDir, unpack_code
 from dtrain.runtime.control import ControlError, find_coordinator, is_there, newest_incarnation, read_token
 from dtrain.runtime.coordinator import Coordinator, Job
 from dtrain.runtime.cpus import describe, slice_of_cores
+from dtrain.runtime.mirroring import Mirroring
 from dtrain.runtime.nodestart import give_up, refuse_missing_secrets, refuse_other_version
 from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder
 from dtrain.runtime.options import Options, parse_options
@@ -42,11 +44,20 @@ from dtrain.runtime.warm import StartError, WarmParent
 Message = dict[str, Any]
 _POLL_S = 0.05
 _MAX_STACK_CHARS = 1 << 20  # of a node
+_FLUSH_S = 6.0  # a store that is away must not look like a node that is
 _GONE_LOOKS = 3  # a file system may miss a file once
 
 
 class Agent:
-    def __init__(self, job: Job, options: Options, warm: WarmParent | None = None, code: CodeDir | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        options: Options,
+        warm: WarmParent | None = None,
+        code: CodeDir | None = None,
+        mirroring: Mirroring | None = None,
+    ) -> None:
+        self._mirroring = mirroring or Mirroring(options)
         self._job = job
         self._options = options
         self._timings = options.timings
@@ -62,6 +73,7 @@ class Agent:
         self._stacking: set[asyncio.Task[None]] = set()
         self._store: socket.socket | None = None  # for global rank 0
         self._attempt = 0
+        self._killed = 0  # the newest attempt that was ended
         self._heard_at = 0.0
         self._out_of_reach = (0, 0.0)  # the term of a coordinator, and since when it can't be reached
         self._stop_count = 0
@@ -94,6 +106,7 @@ class Agent:
 
     async def _take_part(self) -> int:
         await self._register()
+        await self._flush()
         while self._is_mine():
             ended = read_json(self._control.ended)
             if ended is not None:
@@ -107,6 +120,9 @@ class Agent:
                 return code
         _say(self._superseded if is_there(self._control) else self._gone)
         return exits.FAILED
+
+    async def _flush(self) -> None:
+        await in_background(lambda: self._mirroring.flush(_FLUSH_S))
 
     async def _watch_control(self) -> None:
         """Hangs up when the run directory is removed under the job: nobody could find its processes any more; and when
@@ -126,7 +142,7 @@ class Agent:
         Who starts an agent in a dead one's place may register it a moment after it began to run.
         """
         deadline = time.monotonic() + self._timings.handshake_s
-        while not self._is_mine() and not self._is_outdated():
+        while not (self._is_mine() or self._is_outdated() or self._is_left_out()):
             record = read_json(self._control.node(self._options.node_rank))
             if record is None or ProcessId.from_json(record).liveness() != "alive":
                 text = json.dumps(self._process.to_json())
@@ -139,13 +155,18 @@ class Agent:
     def _is_outdated(self) -> bool:
         return newest_incarnation(self._control) > self._options.incarnation
 
+    def _is_left_out(self) -> bool:
+        return self._control.without(self._options.node_rank).exists()
+
     def _is_mine(self) -> bool:
         record = read_json(self._control.node(self._options.node_rank))
         mine = record is not None and ProcessId.from_json(record) == self._process
-        return mine and not self._is_outdated()
+        return mine and not self._is_outdated() and not self._is_left_out()
 
     @property
     def _superseded(self) -> str:
+        if self._is_left_out():
+            return f"the job goes on without node {self._options.node_rank}; this process ends"
         if self._is_outdated():
             return f"the job was started anew; node {self._options.node_rank} of its earlier start ends"
         return f"another process serves node {self._options.node_rank} now; this one ends"
@@ -172,7 +193,8 @@ class Agent:
             # Low ranks first; whoever finds that another was faster joins that one.
             await asyncio.sleep(self._timings.claim_delay_s * self._options.node_rank)
             newest = find_coordinator(self._control)
-            if (0 if newest is None else newest.term) == term and not self._control.ended.exists():
+            unchanged = (0 if newest is None else newest.term) == term and not self._control.ended.exists()
+            if unchanged and self._is_mine():  # and not refused because the job goes on without this node
                 await self._claim(term + 1)
         return None
 
@@ -208,12 +230,14 @@ class Agent:
 
     async def _claim(self, term: int) -> None:
         """Becomes the coordinator of `term`, unless another node was faster."""
+        await in_background(lambda: look_again(self._control.path))  # the newest of what the one before knew
         coordinator = Coordinator(self._job, term)
         try:
             address = await coordinator.open(self._options.node_rank, socket.gethostname())
         except UsageError as error:
             raise NodeError(str(error)) from error
-        if not write_once(self._control.coordinator(term), address.to_json(), 0o600):
+        record = self._control.coordinator(term)
+        if not await in_background(lambda: write_once(record, address.to_json(), 0o600)):
             await coordinator.close()
             return
         _say(f"node {self._options.node_rank} coordinates the job (term {term}, {address.addr}:{address.port})")
@@ -260,16 +284,18 @@ class Agent:
             case "bind":
                 self._bind(int(message["attempt"]))
             case "start":
-                order = StartOrder(**{key: message[key] for key in StartOrder.__dataclass_fields__})
+                order = StartOrder.from_message(message)
                 self._attempt, self._stop_workers = order.attempt, False
                 self._starting = asyncio.create_task(self._start(order))
             case "stop":
                 self._stop_workers = True
                 self._workers.terminate()
             case "kill":
+                self._killed = int(message.get("attempt", 0))
                 await self._workers.kill()
                 if self._starting is not None:
                     await asyncio.wait({self._starting})
+                await self._flush()  # the end of the attempt may be told as soon as this is answered
                 self._tell({"op": "killed", "reached": self._workers.reached, "done": self._workers.done})
                 self._ping()
             case "stack":
@@ -296,8 +322,12 @@ class Agent:
     async def _start(self, order: StartOrder) -> None:
         store, self._store = self._store, None
         try:
+            if order.nodes[0] == self._options.node_rank:
+                await in_background(self._mirroring.take_over)
+                if self._killed >= order.attempt:
+                    raise StartError("ended while its records were fetched")
             started = await self._workers.start(order, store)
-        except (StartError, OSError) as error:
+        except (StartError, StorageError, OSError) as error:
             self._tell({"op": "start_failed", "message": str(error)})
         else:
             self._tell({"op": "started", **started})
@@ -354,28 +384,37 @@ def main(argv: Sequence[str] | None = None, warm: WarmParent | None = None) -> i
     if os.getsid(0) != os.getpid() and os.getpgrp() != os.getpid():
         os.setsid()  # all that the node runs is one session, which can be cleared
     try:
+        mirroring = Mirroring(options)
+        try:
+            return _serve(options, warm, mirroring)
+        finally:
+            mirroring.close()
+    except DtrainError as error:
+        _say(str(error))
+        return error.exit_code
+
+
+def _serve(options: Options, warm: WarmParent | None, mirroring: Mirroring) -> int:
+    try:
         job = _load_job(options)
         code = unpack_code(job.plan)
         try:
-            return asyncio.run(_run(job, options, warm, code))
+            return asyncio.run(_run(job, options, warm, code, mirroring))
         finally:
             if code is not None:
                 code.held.close()
     except NodeError as error:
         _say(str(error))
         return give_up(options, str(error))
-    except DtrainError as error:
-        _say(str(error))
-        return error.exit_code
 
 
-async def _run(job: Job, options: Options, warm: WarmParent | None, code: CodeDir | None) -> int:
+async def _run(job: Job, options: Options, warm: WarmParent | None, code: CodeDir | None, mirroring: Mirroring) -> int:
     plan = job.plan
     device = f"{plan.gpus_per_node} GPUs" if plan.gpus_per_node else "CPU"
     each = f"{plan.procs_per_node} workers x {plan.threads_per_proc} threads on {device}"
     where = f"interface {job.interface}, {_cores(plan, options.node_rank)}"
     _say(f"node {options.node_rank} of {plan.nodes}: {each}, {where}")
-    return await Agent(job, options, warm, code).run()
+    return await Agent(job, options, warm, code, mirroring).run()
 
 
 def _cores(plan: JobPlan, node_rank: int) -> str:

@@ -14,7 +14,7 @@ from dtrain.runtime.decide import Outcome
 @dataclass(slots=True, kw_only=True)
 class AttemptLog:
     number: int
-    num_nodes: int
+    nodes: tuple[int, ...]  # those that take part, in the order of their ranks
     world_size: int
     from_step: int = 0  # the step of the checkpoint that the attempt began with
     facts: list[Fact] = field(default_factory=list)
@@ -28,7 +28,9 @@ class AttemptLog:
     stopped_early: str = ""
 
     def apply(self, node: int, message: dict[str, Any]) -> None:
-        """Messages of other attempts change nothing."""
+        """Messages of other attempts, and of nodes that take no part, change nothing."""
+        if node not in self.nodes:
+            return
         op = message["op"]
         if op == "lost":
             self._lost(node, message)
@@ -72,6 +74,7 @@ class AttemptLog:
             codes=frozenset(self.codes.values()),
             culprit=culprit,
             stopped_early=self.stopped_early,
+            nodes=len(self.nodes),
         )
 
     def _lost(self, node: int, message: dict[str, Any]) -> None:

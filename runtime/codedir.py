@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.cluster.errors import NodeError
+from dtrain.cluster.errors import NodeError, StorageError
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.rundir import RunDir, obtain
 from dtrain.cluster.scratch import Hold, hold, sweep
 
 _CHUNK_BYTES = 1 << 20
@@ -55,6 +55,7 @@ def unpack_code(plan: JobPlan) -> CodeDir | None:
     archive = RunDir(plan.run_dir).code(plan.code_digest)
 
     def fill(folder: Path) -> None:
+        obtain(archive)
         _verify(archive, plan.code_digest)
         _extract(archive, folder)
         for name, root in plan.code_roots.items():
@@ -62,7 +63,7 @@ def unpack_code(plan: JobPlan) -> CodeDir | None:
 
     try:
         held = hold(f"{plan.job_id}-{plan.code_digest[:12]}", fill)
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, StorageError, tarfile.TarError, EOFError) as error:
         raise NodeError(f"the job's code can't be unpacked from {archive}: {error}") from error
     return CodeDir(held=held, roots=plan.code_roots)
 

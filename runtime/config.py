@@ -17,7 +17,7 @@ from dtrain.cluster.errors import ConfigError, Problem
 from dtrain.cluster.layers import TARGET_KEY
 from dtrain.runtime.modelconfig import ModelConfig
 from dtrain.runtime.targetconfig import Target as Target
-from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.config import ExactConfig, StrategyConfig
 
 STREAM_KEYWORDS = ("stream", "num_streams")  # given to a data set's target that has both
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -224,6 +224,13 @@ class TrainConfig:
         metadata={
             "doc": "samples that one forward sees at most; the accumulation follows; left out: all at once",
             "min": 1,
+        },
+    )
+    exact: ExactConfig | None = field(
+        default=None,
+        metadata={
+            "doc": "`{shards: L}`: the same bits with single, ddp and fsdp on any number of ranks up to L, resumed or "
+            "not; see docs/exact.md"
         },
     )
     eval_every: int | None = field(

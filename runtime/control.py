@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.cluster.errors import DtrainError
-from dtrain.cluster.rundir import Control, RunDir, read_json
+from dtrain.cluster.rundir import Control, RunDir, read_newest
 
 MAX_HELLO_BYTES = 4 << 10  # a line of a peer that has proven nothing
 MAX_LINE_BYTES = 8 << 20
@@ -48,8 +48,7 @@ class CoordinatorAddress:
 
 def find_coordinator(control: Control) -> CoordinatorAddress | None:
     """The coordinator of the newest term; it may be dead. None where none was ever chosen."""
-    names = sorted(control.path.glob("coordinator-[0-9]*.json"), key=lambda path: (len(path.name), path.name))
-    record = read_json(names[-1]) if names else None
+    record = read_newest(control.path, "coordinator-")
     return None if record is None else CoordinatorAddress(**record)
 
 

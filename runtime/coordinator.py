@@ -22,8 +22,7 @@ from dtrain.cluster import exits
 from dtrain.cluster.backends import Backend
 from dtrain.cluster.interfaces import Interface
 from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.procs import ProcessId
-from dtrain.cluster.rundir import RunDir, append_event, read_json, write_atomic, write_once
+from dtrain.cluster.rundir import RunDir, append_event, look_again, read_json, write_atomic, write_once
 from dtrain.runtime.attemptlog import AttemptLog
 from dtrain.runtime.background import in_background
 from dtrain.runtime.checkpoint.attempts import Attempt
@@ -34,8 +33,8 @@ from dtrain.runtime.jobstatus import JobStatus
 from dtrain.runtime.options import Timings
 from dtrain.runtime.roster import NOBODY, Message, Roster
 from dtrain.runtime.stackcalls import StackCalls
+from dtrain.runtime.team import Team
 
-_MAX_STARTS = 3  # of one node that never joins
 _POLL_S = 0.05
 _GONE_LOOKS = 3  # a file system may miss a file once
 
@@ -73,13 +72,14 @@ class Coordinator:
             self._control, job.token, job.plan.nodes, job.timings, self._answer_client, incarnation=job.incarnation
         )
         self._status = JobStatus(job.plan, self._control, self._roster.members)
-        self._starts: dict[int, int] = {}  # node -> how often it was started again since it was last here
-        self._missing_since: dict[int, float] = {}
+        self._team = Team(job.plan, job.backend, self._control, job.timings, self._roster)
         self._stop_counts: dict[int, int] = {}
+        self._node = NOBODY  # where this runs
         self._stacks = StackCalls(self._roster)
 
     async def open(self, node_rank: int, host: str) -> CoordinatorAddress:
         """Opens the control port, for the record that claims the term."""
+        self._node = node_rank
         address = self._job.interface.address
         port = await self._roster.open(address, self._plan.port_range)
         return CoordinatorAddress(
@@ -125,6 +125,8 @@ class Coordinator:
                 return stopped(self._memory)
             log = await self._watch(attempt)
             decision = self._conclude(log)
+            if decision.give_up is not None:
+                decision = await self._do_without(decision.give_up, decision.reason, alive=True) or decision
         return decision
 
     async def _settle_interrupted(self) -> Decision:
@@ -143,56 +145,61 @@ class Coordinator:
         return self._conclude(log)
 
     async def _gather(self) -> Decision | None:
-        """Waits until every node is here, replacing those that are not; how the job ends where one can't be had."""
-        while len(self._roster.members) < self._plan.nodes or not self._roster.inbox.empty():
+        """Waits until every node is here, replacing those that are not; how the job ends where one can't be had and the
+        others are not enough."""
+        while not self._team.is_complete or not self._roster.inbox.empty():
             if self._memory.stop is not None:
                 return None
             if self._control.ended.exists():
                 return self._failed("a node that can't take part has ended the job")  # its own words stay in that file
             await self._next(0.05)
-            due = [n for n in range(self._plan.nodes) if n not in self._roster.members and self._is_due(n)]
+            due = self._team.due(first=self._memory.attempt == 0)
             if due:
                 self._check_term()
-            for problem in await asyncio.gather(*map(self._start_again, due)):
-                if problem is not None:
-                    return problem
+            problems = await asyncio.gather(*map(self._team.start_again, due))
+            for node, problem in zip(due, problems, strict=True):  # one by one: with each there are fewer left
+                if (
+                    problem
+                    and node not in self._roster.members
+                    and (end := await self._do_without(node, problem, alive=False))
+                ):
+                    return end
         return None
 
-    async def _start_again(self, node: int) -> Decision | None:
-        """How the job ends where the node can't be started."""
-        self._starts[node] = self._starts.get(node, 0) + 1
-        if self._starts[node] > _MAX_STARTS:
-            reason = f"node {node} did not join after {_MAX_STARTS} starts; see logs/agent-{node}.log"
-            return self._without(node, reason) or self._failed(reason)
-        had_come = self._control.node(node).exists()
-        started = await in_background(lambda: self._job.backend.start_node(self._plan, node))
-        self._missing_since[node] = time.monotonic()
-        if started:
-            _say(f"node {node} is started again")
-        if started or not had_come:  # one that never came may only be slow: it is given its time
-            return None
-        return self._without(node, f"node {node} can't be reached")
+    async def _do_without(self, node: int, problem: str, *, alive: bool) -> Decision | None:
+        """How the job ends; None where it goes on. `alive`: a node that is there, but spoils every attempt."""
+        loss = await self._team.lose(node, problem, alive=alive)
+        self._check_term()
+        reason = f"{problem}{loss.note}"
+        match loss.follows:
+            case "replaced":
+                self._team.drop(node, reason)
+                self._event("node_replaced", node=node, reason=reason)
+                self._depose_if_own(node, "has another machine now")
+            case "rest":
+                await self._leave_out(node, reason)
+            case "anew":
+                reason = f"{reason}; the job is started anew without it"
+                return Decision(memory=self._memory, state="stopped", exit_code=exits.STOPPED, reason=reason)
+            case "wait":
+                self._team.wait_for(node)
+            case "nothing" if self._team.is_exhausted(node):
+                return self._failed(reason)
+        return None
 
-    def _without(self, node: int, reason: str) -> Decision | None:
-        """The job stops where its back end starts it anew without the node."""
-        if node in self._roster.members or not self._job.backend.give_back(self._plan, [node], reason):
-            return None
-        reason = f"{reason}; the job is started anew without it"
-        return Decision(memory=self._memory, state="stopped", exit_code=exits.STOPPED, reason=reason)
+    async def _leave_out(self, node: int, reason: str) -> None:
+        await self._team.leave_out(node, reason)
+        self._status.look_for_losses()
+        count, spare = len(self._team.ranks), self._team.spare
+        self._event("node_left_out", node=node, reason=reason, nodes=count, nodes_asked=self._plan.nodes, spare=spare)
+        self._depose_if_own(node, "is left out")
+
+    def _depose_if_own(self, node: int, why: str) -> None:
+        if node == self._node:
+            raise Deposed(f"node {node}, which coordinated the job, {why}")
 
     def _failed(self, reason: str) -> Decision:
         return Decision(memory=self._memory, state="failed", exit_code=exits.FAILED, reason=reason)
-
-    def _is_due(self, node: int) -> bool:
-        """Whether a missing node is to be started again: at once when its process is known to be dead."""
-        since = self._missing_since.setdefault(node, time.monotonic())
-        waited = time.monotonic() - since
-        record = read_json(self._control.node(node))
-        if record is not None and ProcessId.from_json(record).liveness() == "gone":
-            return waited > 0.1 * self._starts.get(node, 0)
-        known = node in self._starts or record is None or self._memory.attempt == 0
-        patience_s = self._job.timings.join_s if known else self._job.timings.dead_after_s
-        return waited > patience_s + (self._job.timings.setup_s if self._plan.setup else 0.0)
 
     async def _begin(self) -> Attempt | None:
         """Takes the next attempt number and tells the node of global rank 0 to open the attempt's store. None where the
@@ -210,22 +217,25 @@ class Coordinator:
         attempt = claiming.result()
         self._check_term()
         self._remember(replace(self._memory, attempt=attempt.number, running=True))
-        self._status.begin(attempt)
+        team = self._team.ranks
+        self._status.begin(attempt, len(team))
         origin = {"step": attempt.from_step, "attempt": attempt.from_attempt} if attempt.from_step else None
         self._event(
             "attempt_started",
             attempt=attempt.number,
-            world_size=self._plan.world_size,
-            nodes=self._plan.nodes,
+            world_size=len(team) * self._plan.procs_per_node,
+            nodes=len(team),
+            nodes_asked=self._plan.nodes,
+            node_ranks=team,
             **{"from": origin},
         )
-        self._roster.send(0, {"op": "bind", "attempt": attempt.number})
+        self._roster.send(team[0], {"op": "bind", "attempt": attempt.number})
         return attempt
 
     async def _watch(self, attempt: Attempt) -> AttemptLog:
         """From the open store to the end of all workers, by themselves or by our hand."""
         log = self._new_log(attempt.number, attempt.from_step)
-        for node in set(range(self._plan.nodes)) - self._roster.members.keys():
+        for node in set(log.nodes) - self._roster.members.keys():
             log.apply(node, {"op": "lost", "reason": "it left while the attempt was being prepared"})
         begun, decide_at, stop_at = False, float("inf"), float("inf")
         while not log.over:
@@ -245,25 +255,26 @@ class Coordinator:
             node, message = received
             log.apply(node, message)
             if message.get("op") == "bound" and message.get("attempt") == attempt.number:
-                self._start_workers(attempt, message)
+                self._start_workers(attempt, log.nodes, message)
                 begun = True
-            if message.get("op") == "started" and len(log.started) == self._plan.nodes:
+            if message.get("op") == "started" and len(log.started) == len(log.nodes):
                 self._announce_workers(log)
         await self._kill_workers(log)
         return log
 
-    def _start_workers(self, attempt: Attempt, bound: Message) -> None:
+    def _start_workers(self, attempt: Attempt, team: tuple[int, ...], bound: Message) -> None:
         self._check_term()
-        self._roster.broadcast(
-            {
-                "op": "start",
-                "attempt": attempt.number,
-                "master_addr": bound["addr"],
-                "master_port": bound["port"],
-                "resume_step": attempt.from_step,
-                "resume_attempt": attempt.from_attempt,
-            }
-        )
+        order = {
+            "op": "start",
+            "attempt": attempt.number,
+            "master_addr": bound["addr"],
+            "master_port": bound["port"],
+            "resume_step": attempt.from_step,
+            "resume_attempt": attempt.from_attempt,
+            "nodes": team,
+        }
+        for node in team:
+            self._roster.send(node, order)
 
     def _announce_workers(self, log: AttemptLog) -> None:
         self._status.state = "running"
@@ -276,7 +287,7 @@ class Coordinator:
         """Afterwards nothing of the attempt runs on any node that is still here."""
         self._roster.broadcast({"op": "kill", "attempt": log.number})
         deadline = time.monotonic() + 2 * self._job.timings.kill_s
-        while waiting := self._roster.members.keys() - log.gone:
+        while waiting := (self._roster.members.keys() & set(log.nodes)) - log.gone:
             received = await self._next(deadline - time.monotonic())
             if received is not None:
                 log.apply(*received)
@@ -296,7 +307,7 @@ class Coordinator:
             script=self._plan.kind == "script",
         )
         if culprit is not None and (self._memory.stop is None or decision.exit_code == exits.NEVER_RETRY):
-            failure = describe(culprit, log.number, range(self._plan.world_size)).to_json()
+            failure = describe(culprit, log.number, range(log.world_size)).to_json()
             self._try(lambda: write_atomic(self._run.failure, json.dumps(failure, indent=1)))
             self._event("failure", **failure)
         for step, attempt in set(decision.memory.skip) - set(self._memory.skip):
@@ -319,7 +330,7 @@ class Coordinator:
             "step": step,
             "at": round(time.time(), 3),
         }
-        if write_once(self._control.ended, json.dumps(record), 0o600):
+        if await in_background(lambda: write_once(self._control.ended, json.dumps(record), 0o600)):
             event = {key: record[key] for key in ("state", "exit_code", "reason", "step")}
             self._event("ended", **event)
         else:
@@ -348,14 +359,14 @@ class Coordinator:
             case "deposed" if not ended:
                 self._check_term()
             case "joined":
-                self._starts.pop(node, None)
-                self._missing_since.pop(node, None)
+                self._team.joined(node)
                 self._event("node_joined", node=node, host=message["host"])
             case "lost" if not ended:
                 self._event("node_lost", node=node, reason=message["reason"])
             case "event":
                 self._worker_event(message)
             case "stop_requested":
+                await in_background(lambda: look_again(self._control.path))  # whether it is a person's last word
                 self._stop_requested(node, message)
             case "stacks":
                 self._stacks.answer(node, message)
@@ -413,8 +424,9 @@ class Coordinator:
             _say_unwritten(error)
 
     def _new_log(self, number: int, from_step: int = 0) -> AttemptLog:
-        plan = self._plan
-        return AttemptLog(number=number, num_nodes=plan.nodes, world_size=plan.world_size, from_step=from_step)
+        team = self._team.ranks
+        world_size = len(team) * self._plan.procs_per_node
+        return AttemptLog(number=number, nodes=team, world_size=world_size, from_step=from_step)
 
     def _is_deposed(self) -> bool:
         newest = find_coordinator(self._control)

@@ -12,8 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dtrain.cluster import exits
+from dtrain.cluster.backends import NODE_FAILURES
 from dtrain.cluster.errors import CheckpointError, DtrainError, UsageError
 from dtrain.runtime.culprit import Fact
+
+# Where a disk or a device is broken, Python sees an exception; a wrong path has a class of its own.
+_MACHINES = re.compile(r"(OSError|torch\.AcceleratorError): |RuntimeError: (CUDA|HIP|NCCL) error")
 
 State = Literal["done", "stopped", "cancelled", "failed"]
 Stop = Literal["stop", "cancel"]
@@ -27,6 +31,9 @@ class Memory:
     committed: int = 0  # the newest step that any attempt has committed
     stuck: int = 0  # attempts in a row that neither reached nor committed a new step
     signature: str = ""  # of the last failure, where it was an exception of the user's code
+    suspect: int | None = None  # the node of the last failure, where that may be the machine's own
+    strikes: int = 0  # such failures of it in a row
+    blamed: int = -1  # the furthest step when a node was given up last: without a further one none is again
     skip: tuple[tuple[int, int], ...] = ()  # (step, attempt) of checkpoints found corrupt
     stop: Stop | None = None
 
@@ -49,14 +56,16 @@ class Outcome:
     codes: frozenset[int] = frozenset()
     culprit: Fact | None = None
     stopped_early: str = ""  # why the workers left before the last step, done
+    nodes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """`state` None: start a new attempt."""
+    """`state` None: start a new attempt; without the node `give_up`, where there is one and that can be."""
 
     memory: Memory
     reason: str
+    give_up: int | None = None
     state: State | None = None
     exit_code: int = exits.DONE
 
@@ -78,7 +87,7 @@ def decide(memory: Memory, outcome: Outcome, max_stuck: int, *, script: bool = F
         return stopped(known, "" if culprit is None else _unsaved(outcome, culprit))
     if culprit is None:
         return Decision(memory=known, state="stopped", exit_code=exits.STOPPED, reason="the workers were told to stop")
-    return _after_failure(memory, known, culprit, max_stuck)
+    return _after_failure(memory, known, culprit, max_stuck, outcome.nodes)
 
 
 def stopped(memory: Memory, note: str = "") -> Decision:
@@ -102,15 +111,17 @@ def _unsaved(outcome: Outcome, culprit: Fact) -> str:
     return f"; its last steps were not saved: {_summary(culprit)}" if lost else ""
 
 
-def _after_failure(memory: Memory, known: Memory, culprit: Fact, max_stuck: int) -> Decision:
+def _after_failure(memory: Memory, known: Memory, culprit: Fact, max_stuck: int, nodes: int) -> Decision:
     if not culprit.retry:
         return _never(known, f"{_summary(culprit)}. Starting again would fail again")
     damaged = _damaged_checkpoint(culprit)
     if damaged is not None and damaged not in memory.skip:
         reason = f"the checkpoint of step {damaged[0]} is damaged and is passed over"
         return Decision(memory=replace(known, skip=(*memory.skip, damaged), signature=""), reason=reason)
+    known = _count_strikes(known, culprit)
+    given_up = known.strikes >= NODE_FAILURES and nodes > 1 and known.reached > known.blamed
     signature = _signature(culprit)
-    if signature and signature == memory.signature:
+    if signature and signature == memory.signature and not given_up:
         return _never(known, f"the same exception twice at step {culprit.step}: {culprit.message}")
     progressed = known.reached > memory.reached or known.committed > memory.committed
     stuck = 0 if progressed else memory.stuck + 1
@@ -118,7 +129,18 @@ def _after_failure(memory: Memory, known: Memory, culprit: Fact, max_stuck: int)
     if stuck > max_stuck:
         reason = f"{stuck} attempts in a row without a new step; the last one: {_summary(culprit)}"
         return Decision(memory=after, state="failed", exit_code=exits.FAILED, reason=reason)
+    if given_up:
+        after = replace(after, suspect=None, strikes=0, blamed=known.reached, signature="")
+        reason = f"node {culprit.node} failed {known.strikes} times in a row, the last time {_summary(culprit)}"
+        return Decision(memory=after, reason=reason, give_up=culprit.node)
     return Decision(memory=after, reason=_summary(culprit))
+
+
+def _count_strikes(memory: Memory, culprit: Fact) -> Memory:
+    machines_own = culprit.kind in ("signal", "start", "node_lost") or _MACHINES.match(culprit.message)
+    if culprit.victim or not machines_own:
+        return replace(memory, suspect=None, strikes=0)
+    return replace(memory, suspect=culprit.node, strikes=memory.strikes + 1 if culprit.node == memory.suspect else 1)
 
 
 def _never(memory: Memory, reason: str) -> Decision:

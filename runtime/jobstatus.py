@@ -26,11 +26,20 @@ class JobStatus:
         self._saving = asyncio.Lock()
         self._attempt = 0
         self._done = 0  # the newest finished step as of the last look
+        self._nodes = plan.nodes  # of the attempt
         self.state = "pending"
-        self.reason: str | None = (control.note.read_text() if control.note.exists() else "") or None
+        self.reason: str | None = None
+        self.look_for_losses()
         self.checkpoint: int | None = None
 
-    def begin(self, attempt: Attempt) -> None:
+    def look_for_losses(self) -> None:
+        """What the job goes on without is the reason of a state that is none by itself."""
+        note = self._control.note.read_text() if self._control.note.exists() else ""
+        left_out = [f"without node {node}: {reason}" for node, reason in self._control.left_out().items()]
+        self.reason = "; ".join(filter(None, [note, *left_out])) or None
+
+    def begin(self, attempt: Attempt, nodes: int) -> None:
+        self._nodes = nodes
         self._attempt = attempt.number
         self._done = attempt.from_step
         self.checkpoint = attempt.from_step or None
@@ -58,8 +67,9 @@ class JobStatus:
             "step": self.step,
             "steps": self._steps,
             "attempt": self._attempt,
-            "world_size": self._plan.world_size,
-            "nodes": self._plan.nodes,
+            "world_size": self._nodes * self._plan.procs_per_node,
+            "nodes": self._nodes,
+            "nodes_asked": self._plan.nodes,
             "workers": self._workers(),
             "checkpoint": self.checkpoint,
             "reason": self.reason,

@@ -39,6 +39,12 @@ class StartOrder:
     master_port: int
     resume_step: int
     resume_attempt: int
+    nodes: tuple[int, ...]  # those that take part, in the order of their ranks
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> StartOrder:
+        known = {name: message[name] for name in StartOrder.__dataclass_fields__}
+        return StartOrder(**{**known, "nodes": tuple(known["nodes"])})
 
 
 class NodeWorkers:
@@ -142,17 +148,18 @@ class NodeWorkers:
     def _worker_env(self, order: StartOrder, local_rank: int) -> WorkerEnv:
         plan = self._plan
         gpus = plan.gpus_per_node
+        place = order.nodes.index(self._options.node_rank)  # among the nodes that are left
         return WorkerEnv(
-            run_dir=plan.run_dir,
+            run_dir=str(RunDir(plan.run_dir).path),
             name=plan.name,
             job_id=plan.job_id,
             attempt=order.attempt,
-            global_rank=self._options.node_rank * plan.procs_per_node + local_rank,
+            global_rank=place * plan.procs_per_node + local_rank,
             local_rank=local_rank,
-            node_rank=self._options.node_rank,
-            world_size=plan.world_size,
+            node_rank=place,
+            world_size=len(order.nodes) * plan.procs_per_node,
             local_world_size=plan.procs_per_node,
-            num_nodes=plan.nodes,
+            num_nodes=len(order.nodes),
             master_addr=order.master_addr,
             master_port=order.master_port,
             interface=self._interface.name,

@@ -74,6 +74,12 @@ def num_micro_batches(batch_size: int, world_size: int, micro_batch: int | None)
     return 1 if micro_batch is None else -(-largest // micro_batch)
 
 
+def num_samples_at_once(batch_size: int, world_size: int, micro_batch: int | None) -> int:
+    """Samples of the largest micro-batch."""
+    largest = -(-batch_size // world_size)
+    return largest if micro_batch is None else min(largest, micro_batch)
+
+
 def num_classes(world_size: int, num_streams: int) -> int:
     """An iterable's position p is stream p % L's, and rank p % W's: so rank r meets the streams s that are equal to it
     modulo gcd(L, W), and no others. Where L is a multiple of W, each stream is one rank's own."""

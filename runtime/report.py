@@ -23,7 +23,7 @@ _MAX_MESSAGE = 4000
 _MAX_EVIDENCE_LINES = 80
 
 # A rank whose peer died sees one of these. It is a victim: the culprit is elsewhere.
-_VICTIM_CLASSES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError"})
+_VICTIM_CLASSES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError", "HorovodInternalError"})
 _VICTIM_MESSAGE = re.compile(
     r"gloo/transport|Connection (closed|reset|refused)|Broken pipe|recvValue failed|failed to (recv|send)"
     r"|Timed out waiting \d+ms for (recv|send)|NCCL.*(remote process|peer)",

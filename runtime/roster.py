@@ -14,7 +14,8 @@ from typing import Any
 
 from dtrain.cluster.ports import PortRange, listening_socket
 from dtrain.cluster.procs import ProcessId
-from dtrain.cluster.rundir import Control, read_json
+from dtrain.cluster.rundir import Control, look_again, read_json
+from dtrain.runtime.background import in_background
 from dtrain.runtime.channel import Channel, accept
 from dtrain.runtime.control import ControlError
 from dtrain.runtime.options import Timings
@@ -139,6 +140,7 @@ class Roster:
             channel.send(await self._on_client(first))
             await channel.drain(self._timings.handshake_s)
             return
+        await in_background(lambda: look_again(self._control.path))  # it may have put itself down just now
         node_rank, member = self._admit(first, channel)
         await self._listen(node_rank, member)
 
@@ -150,6 +152,8 @@ class Roster:
             raise ControlError(f"a hello without a proper {error}") from error
         if hello.get("incarnation", 0) != self._incarnation:
             raise ControlError(f"incarnation {hello.get('incarnation')} of the job, this is {self._incarnation}")
+        if self._control.without(node_rank).exists():
+            raise ControlError(f"the job goes on without node {node_rank}")
         registered = read_json(self._control.node(node_rank))
         if not 0 <= node_rank < self._num_nodes:
             raise ControlError(f"there is no node {node_rank} among {self._num_nodes}")

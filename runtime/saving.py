@@ -17,7 +17,6 @@ from dtrain.runtime.config import Interval
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.report import Reporter
 from dtrain.strategies.protocol import Wrapped
-from dtrain.strategies.state import canonical_state, load_canonical
 
 # Of the JSON state; what is left says where the data were.
 _NOT_PLACE = ("step", "optimizer", "early_stop", "loss_scale")
@@ -46,7 +45,6 @@ class CheckpointSaves:
         also_at: Callable[[int], bool] = lambda step: False,
         resumed: tuple[int, int] = (0, 0),
         rank: int,
-        world_size: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`also_at`: steps that are saved whatever `every` says. `resumed`: (step, attempt) of the checkpoint that this
@@ -59,7 +57,6 @@ class CheckpointSaves:
         self._saved = dict([resumed])  # step -> the attempt that saved it
         self._attempt = checkpointer.attempt
         self._rank = rank
-        self._world_size = world_size
         self._clock = clock
         self._last = clock()
         self._failed = False
@@ -74,7 +71,7 @@ class CheckpointSaves:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Returns when the state has been copied: training may go on."""
         self._settle(last=False)
-        specs, local, values = canonical_state(self._wrapped.module, self._wrapped.optimizer, self._world_size)
+        specs, local, values = self._wrapped.state.canonical()
         mine: dict[str, Any] = {"step": step, "optimizer": values}
         if self._wrapped.loss_scale:
             mine["loss_scale"] = self._wrapped.loss_scale.state()
@@ -109,15 +106,12 @@ def restore(storage: Storage, step: int, attempt: int, wrapped: Wrapped, ranks: 
     manifest: Manifest = read_manifest(storage, step, attempt)
     saved = {name: (tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items()}
     state: dict[str, Any] = manifest.state
-    load_canonical(
-        wrapped.module,
-        wrapped.optimizer,
+    wrapped.state.load(
         saved,
         state["optimizer"],
         lambda specs, requests: load_shared(
             storage, manifest, specs, requests, rank=ranks.global_rank, world_size=ranks.world_size
         ),
-        ranks.world_size,
     )
     if wrapped.loss_scale and "loss_scale" in state:  # it may have been saved in another precision
         wrapped.loss_scale.load(state["loss_scale"])

@@ -13,23 +13,38 @@ from torch.utils.data import IterableDataset
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
 from dtrain.runtime.config import STREAM_KEYWORDS, RunConfig
-from dtrain.runtime.data import BatchPlan, MapSource, PassPlan, Source, check_dataset, seed_everything
+from dtrain.runtime.data import BatchPlan, MapSource, PassPlan, Plan, Source, check_dataset, seed_everything
 from dtrain.runtime.order import num_classes, samples_used, streams_of
-from dtrain.runtime.ranks import Ranks
+from dtrain.runtime.shardplan import ShardPlan
 from dtrain.runtime.streams import Opener, Stream
 from dtrain.runtime.streamsource import Dealing, StreamPass, StreamSource, saved_places
 from dtrain.runtime.targetconfig import Target
+from dtrain.strategies.degrees import DataRank
+from dtrain.strategies.exacttree import LogicalShards
 
 
 def training_source(
-    config: RunConfig, ranks: Ranks, start_step: int, place: Mapping[str, Any], stop_requested: Callable[[], bool]
+    config: RunConfig,
+    rank: DataRank,
+    start_step: int,
+    place: Mapping[str, Any],
+    *,
+    gather: Callable[[bytes], list[bytes]],
+    stop_requested: Callable[[], bool],
 ) -> tuple[Source, list[str]]:
     """What training reads after `start_step`, and what there is to say about it. `place`: as the checkpoint of that
-    step holds it, empty at the beginning. Raises UsageError."""
-    data, dealing = config.data, _dealing(config, ranks)
+    step holds it, empty at the beginning. `gather`: what each rank says, on global rank 0; collective.
+
+    Raises UsageError."""
+    data, dealing = config.data, _dealing(config, rank)
     dataset, opener = _build(config, data.train, "data.train", dealing.first_stream)
     if not _is_iterable(dataset):
-        return _map_source(config, ranks, dataset, start_step, place)
+        return _map_source(config, rank, dataset, start_step, place)
+    if config.train.exact:
+        raise UsageError(
+            f"train.exact: {type(dataset).__name__} is iterable, and which samples of a stream a rank sees depends on "
+            "the number of ranks. Return a map-style data set (`__len__`, `__getitem__`)"
+        )
     position, places = int(place.get("position", 0)), saved_places(place, data.streams)
     opened = {dealing.first_stream: opener.share(dealing.first_stream, dataset)}
 
@@ -49,29 +64,47 @@ def training_source(
         make_stream,
         start_step=start_step,
         start_position=position,
-        gather=ranks.gather,
+        gather=gather,
     )
     source.check_state()
-    return source, _data_lines(config, ranks.world_size, sum(saved.offset for saved in places))
+    return source, _data_lines(config, rank.world_size, sum(saved.offset for saved in places))
+
+
+def first_sample(config: RunConfig) -> Any:
+    """One sample of data.train, of a data set that is then let go. Raises UsageError for an empty one."""
+    dataset, _ = _build(config, config.data.train, "data.train", 0)
+    if not _is_iterable(dataset):
+        _check_map_style(config, dataset)
+        return dataset[0]
+    for sample in dataset:
+        return sample
+    raise UsageError("data.train: the data set is empty")
 
 
 def _map_source(
-    config: RunConfig, ranks: Ranks, dataset: Any, start_step: int, place: Mapping[str, Any]
+    config: RunConfig, rank: DataRank, dataset: Any, start_step: int, place: Mapping[str, Any]
 ) -> tuple[Source, list[str]]:
     num_samples = _check_map_style(config, dataset)
     if "streams" in place:
         raise UsageError("data.train: the checkpoint was saved with an iterable data set, and this one is map-style")
-    plan = BatchPlan(
-        num_samples,
-        batch_size=config.data.batch_size,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        rank=ranks.global_rank,
-        world_size=ranks.world_size,
-        micro_batch=config.train.micro_batch,
-        start_step=start_step,
-        start_position=int(place.get("position", 0)),
-    )
+
+    def plan_for(part: int, num_parts: int) -> BatchPlan:
+        return BatchPlan(
+            num_samples,
+            batch_size=config.data.batch_size,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+            rank=part,
+            world_size=num_parts,
+            micro_batch=config.train.micro_batch,
+            start_step=start_step,
+            start_position=int(place.get("position", 0)),
+        )
+
+    plan: Plan = plan_for(rank.rank, rank.world_size)
+    if config.train.exact:
+        shards = LogicalShards(num=config.train.exact.shards, rank=rank.rank, world_size=rank.world_size)
+        plan = ShardPlan([plan_for(shard, shards.num) for shard in shards.mine], shards.most)
     steps = config.train.steps
     epochs = steps * config.data.batch_size / num_samples
     source = MapSource(dataset, plan, seed=config.train.seed, key="data.train")
@@ -79,21 +112,21 @@ def _map_source(
 
 
 def evaluation_source(
-    config: RunConfig, ranks: Ranks, stop_requested: Callable[[], bool]
+    config: RunConfig, rank: DataRank, stop_requested: Callable[[], bool]
 ) -> Callable[[], Source] | None:
     """Makes what one evaluation reads: every sample of data.eval once. None where there is nothing to evaluate on.
     Raises UsageError now, not after hours."""
     if config.data.eval is None:
         return None
-    dealing = _dealing(config, ranks)
+    dealing = _dealing(config, rank)
     dataset, opener = _build(config, config.data.eval, "data.eval", dealing.first_stream)
     if _is_iterable(dataset):
         return _stream_passes(opener, dataset, dealing, stop_requested)
     plan = PassPlan(
         check_dataset(dataset, "data.eval"),
         batch_size=config.data.batch_size,
-        rank=ranks.global_rank,
-        world_size=ranks.world_size,
+        rank=rank.rank,
+        world_size=rank.world_size,
         micro_batch=config.train.micro_batch,
     )
     return lambda: MapSource(dataset, plan, seed=config.train.seed, num_steps=plan.num_steps, key="data.eval")
@@ -145,13 +178,13 @@ def _build(config: RunConfig, target: Target, key: str, stream: int) -> tuple[An
     return (build(stream=stream, num_streams=config.data.streams) if takes_stream else build()), opener
 
 
-def _dealing(config: RunConfig, ranks: Ranks) -> Dealing:
+def _dealing(config: RunConfig, rank: DataRank) -> Dealing:
     return Dealing(
         num_streams=config.data.streams,
         batch_size=config.data.batch_size,
         micro_batch=config.train.micro_batch,
-        rank=ranks.global_rank,
-        world_size=ranks.world_size,
+        rank=rank.rank,
+        world_size=rank.world_size,
     )
 
 

@@ -68,7 +68,7 @@ class StreamSource:
         start_position: int,
         gather: Callable[[bytes], list[bytes]],
     ) -> None:
-        """`gather`: what each rank says, on rank 0; collective."""
+        """`gather`: what each rank says, on global rank 0; collective."""
         self._dealing = dealing
         self._make_stream = make_stream
         self._start_step = start_step
@@ -104,9 +104,10 @@ class StreamSource:
     def place(self, step: int, mark: str) -> dict[str, Any]:
         position = self._position(step)
         places: dict[str, Any] = {}
-        for said in self._gather(mark.encode()):
+        everybody = self._gather(mark.encode())
+        for said in everybody:
             places |= json.loads(said)
-        if self._dealing.rank != 0:
+        if not everybody:
             return {"position": position}
         return {"position": position, "streams": [places[str(s)] for s in range(self._dealing.num_streams)]}
 

@@ -6,6 +6,7 @@ Chooses between the config's callables and what holds without them. What Hugging
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,5 +183,6 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def autocast(precision: str, device: torch.device, *, cache: bool) -> Callable[[], Any]:
     """A context maker for the forward. fp32 computes as the tensors are."""
-    dtype = _AUTOCAST.get(precision)
-    return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache)
+    if precision not in _AUTOCAST:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=cache)

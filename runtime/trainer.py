@@ -6,9 +6,10 @@ loss is a mean over. So ranks agree without a collective in a signal handler, an
 
 from __future__ import annotations
 
+import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -74,7 +75,7 @@ class Training:
 def train(job: Training) -> Outcome:
     """Runs the steps after `start_step`. Raises what the user's code raised, and NonFinite. Collective."""
     job.wrapped.module.train()
-    buffers = SharedBuffers(job.wrapped.module, job.ranks)
+    buffers = SharedBuffers(job.wrapped.module, job.ranks, job.wrapped.degrees)
     # A stop during an evaluation, or a failure, may have kept this one from its end: the save came before it.
     if job.start_step and (outcome := _evaluate(job, job.start_step)):
         return outcome
@@ -87,7 +88,7 @@ def train(job: Training) -> Outcome:
         if stop or micro_batches is None:
             return _stop(job, step - 1)
         lr = job.schedule.set_rate(step)
-        seed_everything(job.config.seed, 0x57E9, step, job.ranks.global_rank)
+        seed_everything(job.config.seed, 0x57E9, step, job.wrapped.data.rank)
         result = _step(job, step, micro_batches, count, lr)
         buffers.share()
         _record(job, step, micro_batches, result, lr, time.perf_counter() - began)
@@ -104,11 +105,20 @@ def _agree(job: Training, step: int, micro_batches: list[MicroBatch] | None) -> 
     """(somebody stops, a save is due after this step, the count of the global batch): the same on every rank."""
     stops = float(micro_batches is None or job.stop_requested())
     due = float(job.ranks.global_rank == 0 and job.saves.due(step))
-    count = sum(micro.count for micro in micro_batches or ())
+    counts = _counts(job, micro_batches or ())
     job.progress.collective()
     job.progress.phase(Phase.WAITING)  # told apart from reading data: who waits is not to blame for a hang
-    stop, save_due, total = job.ranks.all_reduce([stops, due, count])
-    return stop > 0, save_due > 0, total
+    stop, save_due, *totals = job.ranks.all_reduce([stops, due, *counts])
+    return stop > 0, save_due > 0, math.fsum(totals)
+
+
+def _counts(job: Training, micro_batches: Sequence[MicroBatch]) -> list[float]:
+    """What this rank adds to the count of the global batch; in exact mode by logical shard, so that the sum does not
+    depend on who has which."""
+    counts = [micro.count for micro in micro_batches]
+    if job.wrapped.shards:
+        return job.wrapped.shards.by_shard(counts)
+    return [sum(counts) if job.wrapped.data.counts else 0.0]
 
 
 def _step(job: Training, step: int, micro_batches: list[MicroBatch], count: float, lr: float) -> StepResult:
@@ -120,6 +130,7 @@ def _step(job: Training, step: int, micro_batches: list[MicroBatch], count: floa
         loss=job.task.loss,
         all_reduce=job.ranks.all_reduce,
         on_phase=lambda name: job.progress.phase(Phase[name.upper()]),
+        seed=lambda shard: seed_everything(job.config.seed, 0x57E9, step, shard),
     )
     try:
         return run_step(job.wrapped, micro_batches, options)

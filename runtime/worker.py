@@ -30,6 +30,7 @@ from dtrain.runtime.data import DataError, seed_everything
 from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.evaluations import Evaluations, is_due
 from dtrain.runtime.metrics import MetricsLog
+from dtrain.runtime.mirroring import before_commit
 from dtrain.runtime.order import num_micro_batches
 from dtrain.runtime.pretrained import initialize, initialized_event, initialized_lines
 from dtrain.runtime.progress import Phase, ProgressWriter
@@ -43,6 +44,7 @@ from dtrain.runtime.targetlist import refuse_faulty
 from dtrain.runtime.task import Task, autocast, make_task
 from dtrain.runtime.tracking.feed import TrackerFeed
 from dtrain.runtime.trainer import Outcome, Training, train
+from dtrain.strategies.caps import CAPS
 from dtrain.strategies.protocol import Wrapped
 from dtrain.strategies.step import NonFinite
 
@@ -68,7 +70,7 @@ def main(env: WorkerEnv) -> int:
     try:
         return _run(env, stop, progress, report)
     except BaseException as error:
-        return _report_failure(error, report)
+        return report_failure(error, report)
 
 
 def _stop_flag() -> Callable[[], bool]:
@@ -93,6 +95,7 @@ def _run(env: WorkerEnv, stop: Callable[[], bool], progress: ProgressWriter, rep
         outcome = _train(config, place, wrapped, chosen)
         if outcome is Outcome.DONE:
             _finish(config, place, wrapped)
+        wrapped.close()
     return exits.DONE if outcome is Outcome.DONE else exits.STOPPED
 
 
@@ -105,7 +108,12 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
     weights = [] if restored else _initialize(config, place, wrapped, chosen)
     start_step = restored.step if restored else 0
     source, data_lines = training_source(
-        config, ranks, start_step, restored.place if restored else {}, place.stop_requested
+        config,
+        wrapped.data,
+        start_step,
+        restored.place if restored else {},
+        gather=ranks.gather,
+        stop_requested=place.stop_requested,
     )
     if ranks.global_rank == 0:
         lines = [*describe(config, chosen, data_lines, env, wrapped), *weights]
@@ -121,7 +129,7 @@ def _train(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
         device=ranks.device,
     )
     metrics = MetricsLog(place.run.metrics, start_step) if ranks.global_rank == 0 else None
-    evaluations = _evaluations(config, place, parts, restored)
+    evaluations = _evaluations(config, place, wrapped, parts, restored)
     with batches, _tracking(config, place, start_step):
         return train(
             Training(
@@ -159,12 +167,16 @@ def _parts(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
     return _Parts(
         task=make_task(config, wrapped.module, device),
         collate=targets.as_callable(config.data.collate) if config.data.collate else None,
-        autocast=autocast(config.train.precision, device, cache=chosen.strategy != "fsdp"),
+        autocast=autocast(
+            config.train.precision, device, cache=not CAPS[chosen.strategy].gathered and not config.train.exact
+        ),
     )
 
 
-def _evaluations(config: RunConfig, place: Place, parts: _Parts, restored: Restored | None) -> Evaluations | None:
-    evaluation = _evaluation(config, place, parts)
+def _evaluations(
+    config: RunConfig, place: Place, wrapped: Wrapped, parts: _Parts, restored: Restored | None
+) -> Evaluations | None:
+    evaluation = _evaluation(config, place, wrapped, parts)
     if evaluation is None:
         return None
     train, best, start_step = config.train, config.checkpoint.best, place.env.resume_step
@@ -184,13 +196,15 @@ def _evaluations(config: RunConfig, place: Place, parts: _Parts, restored: Resto
     )
 
 
-def _evaluation(config: RunConfig, place: Place, parts: _Parts) -> Evaluation | None:
-    make_source = evaluation_source(config, place.ranks, place.stop_requested)
+def _evaluation(config: RunConfig, place: Place, wrapped: Wrapped, parts: _Parts) -> Evaluation | None:
+    make_source = evaluation_source(config, wrapped.data, place.stop_requested)
     if make_source is None:
         return None
     return Evaluation(
         make_source=make_source,
         ranks=place.ranks,
+        data=wrapped.data,
+        passes=wrapped.passes,
         seed=config.train.seed,
         workers=config.data.workers,
         collate=parts.collate,
@@ -223,7 +237,7 @@ def _initialize(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chose
     if config.model.init_from is None:
         return []
     place.progress.phase(Phase.RESTORING)
-    found = initialize(config.model.init_from, wrapped.module, place.ranks, chosen.names_from_files)
+    found = initialize(config.model.init_from, wrapped.module, wrapped.state, place.ranks, chosen.names_from_files)
     if place.ranks.global_rank == 0:
         place.report.event("initialized", **initialized_event(found))
     return initialized_lines(found)
@@ -244,6 +258,7 @@ def _saves(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
         board=place.ranks.board,
         on_commit=on_commit,
         keep=config.checkpoint.keep,
+        before_commit=before_commit(place.run),
         best=BestRule(metric=best.metric, mode=best.mode, keep=best.keep) if best else None,
     )
     every = parse_interval(config.checkpoint.every) if config.checkpoint.every is not None else None
@@ -255,7 +270,6 @@ def _saves(config: RunConfig, place: Place, wrapped: Wrapped, chosen: Chosen) ->
         also_at=lambda step: best is not None and is_due(config.train, step),
         resumed=(env.resume_step, env.resume_attempt),
         rank=env.global_rank,
-        world_size=env.world_size,
     )
 
 
@@ -285,18 +299,24 @@ def _finish(config: RunConfig, place: Place, wrapped: Wrapped) -> None:
 def describe(config: RunConfig, chosen: Chosen, data_lines: list[str], env: WorkerEnv, wrapped: Wrapped) -> list[str]:
     """What was chosen and why, for a person."""
     batch = config.data.batch_size
-    each = -(-batch // env.world_size)
+    each = -(-batch // wrapped.data.world_size)
     device = torch.cuda.get_device_name() if env.device.startswith("cuda") else "CPU"
-    parts = num_micro_batches(batch, env.world_size, config.train.micro_batch)
+    pieces = config.train.exact.shards if config.train.exact else wrapped.data.world_size
+    parts = num_micro_batches(batch, pieces, config.train.micro_batch) * (wrapped.shards.most if wrapped.shards else 1)
     accumulation = f", in {parts} micro-batches" if parts > 1 else ""
-    num_frozen = sum(parameter.numel() for parameter in wrapped.module.parameters() if not parameter.requires_grad)
-    frozen = f" ({num_frozen:,} frozen)" if num_frozen else ""
+    frozen = f" ({chosen.num_frozen:,} frozen)" if chosen.num_frozen else ""
     lines = [
         f"model     {chosen.num_parameters:,} parameters{frozen}, {', '.join(_computing(config))}",
         f"strategy  {chosen.strategy} over {env.world_size} x {device}{chosen.copies} ({chosen.why})",
+        *(f"          {note}" for note in wrapped.notes),
         f"batch     {batch} samples a step, up to {each} a rank{accumulation}",
         *data_lines,
     ]
+    if wrapped.shards:
+        threads = "" if env.device.startswith("cuda") else ", each computed with one thread"
+        lines.append(
+            f"exact     {wrapped.shards.num} logical shards a step, up to {wrapped.shards.most} a rank{threads}"
+        )
     if has_batch_statistics(wrapped.module):
         lines.append("note      batch-norm statistics are those of rank 0's samples: the curve depends on the layout")
     return lines
@@ -311,7 +331,7 @@ def _computing(config: RunConfig) -> list[str]:
     return [*words, "compiled"] if train.compile else words
 
 
-def _report_failure(error: BaseException, report: Reporter) -> int:
+def report_failure(error: BaseException, report: Reporter) -> int:
     """What the exception does not say itself; report.py classifies the rest. The node's log gets the traceback."""
     traceback.print_exception(error)
     if isinstance(error, NonFinite):

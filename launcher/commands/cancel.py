@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
-from dtrain.cluster.rundir import read_json, write_atomic, write_once
+from dtrain.cluster.rundir import look_again, read_json, write_atomic, write_once
 from dtrain.launcher.departure import wait_until_gone
 from dtrain.launcher.follow import again_command
 from dtrain.launcher.runs import Job, resolve
@@ -22,8 +22,10 @@ from dtrain.runtime.control import ControlError, request
 
 HELP = "Ends a run: its state is saved first, unless it does not answer within the grace. It can be launched again."
 POLL_S = 0.1
+LOOK_S = 1.0  # into a store
 CONTROL_S = 5.0
 AGAIN_S = 2.0
+NOTHING_YET_S = 10.0  # to end by itself for a job that has no state to save
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +53,18 @@ def run(args: argparse.Namespace) -> int:
     ask_to_stop(job)
     saving = "it does not run now" if status["state"] in ("pending", "requeued") else "its state is saved first"
     print(f"{job.plan.name}: cancelling, {saving}", flush=True)
-    if not _wait_for_end(job, args.grace, time.monotonic):
+    grace_s = args.grace
+    if not job.control.status.exists() and grace_s > NOTHING_YET_S:
+        # Lines of `setup` may take for ever, and a node that runs them hears a stop only when they are through.
+        grace_s = NOTHING_YET_S
+    ended = _wait_for_end(job, grace_s, time.monotonic)
+    if not ended and grace_s < args.grace and job.control.status.exists():
+        grace_s, ended = args.grace, _wait_for_end(job, args.grace, time.monotonic)
+    if not ended:
         job.backend.kill(job.plan)
         end(
             job, state="cancelled", exit_code=exits.CANCELLED,
-            reason=f"killed: it did not end within {args.grace:g} s", step=int(status["step"] or 0),
+            reason=f"killed: it did not end within {grace_s:g} s", step=int(status["step"] or 0),
         )  # fmt: skip
     wait_until_gone(job)
     never_began = status["state"] == "pending" and not job.control.status.exists()
@@ -76,6 +85,7 @@ def _wait_for_end(job: Job, grace_s: float, clock: Callable[[], float]) -> bool:
     now = clock()
     deadline, again_at = now + grace_s, now
     while (now := clock()) < deadline:
+        look_again(job.run.path, LOOK_S)
         if job.backend.state(job.plan) == "gone":
             return True
         ended = read_json(job.control.ended)
@@ -89,6 +99,7 @@ def _wait_for_end(job: Job, grace_s: float, clock: Callable[[], float]) -> bool:
 
 def _say_how_it_ended(job: Job, silent: str) -> int:
     """`silent`: what happened where nobody could write it down."""
+    look_again(job.run.path)
     ended = read_json(job.control.ended)
     if ended is not None and job.may_start_again(ended):
         last_word = {**ended, "state": "cancelled", "exit_code": exits.CANCELLED, "reason": "while it waited to go on"}

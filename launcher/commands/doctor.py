@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.cluster import exits
+from dtrain.cluster.mirror import is_url
+from dtrain.cluster.rundir import RunDir
 from dtrain.launcher.console import plural
-from dtrain.launcher.doctor import machine, scheduler, software, storage
+from dtrain.launcher.doctor import kubernetes, machine, scheduler, software, storage
 from dtrain.launcher.doctor.finding import Finding
 
 HELP = "Looks at this machine, its software and the storage of a config, tries them for real, and says what to do."
@@ -23,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "overrides", metavar="key.path=value", nargs="*", default=[], help="set single values of the config"
+    )
+    parser.add_argument(
+        "--backend", choices=["kubernetes"], help="look at this engine, too; a config's is looked at anyway"
     )
     parser.add_argument("--url", action="append", default=[], metavar="URL", help="another store to try")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -45,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _examine(args: argparse.Namespace) -> Iterator[Finding]:
     python, workers, urls = sys.executable, 1, list(args.url)
-    run_dir = Path.cwd()
+    run_dir, plan = Path.cwd(), None
     if args.config:
         from dtrain.launcher.compose import load_config
         from dtrain.launcher.plan import make_plan
@@ -53,12 +58,16 @@ def _examine(args: argparse.Namespace) -> Iterator[Finding]:
         config = load_config(args.config, args.overrides)
         plan = make_plan(config, job_id="doctor", argv=args.argv, cwd=str(Path.cwd()))
         loaders = int(config.resolved.get("data", {}).get("workers", 0))
-        python, workers = plan.python, plan.world_size * (1 + loaders)
-        run_dir = Path(plan.run_dir)
+        python = sys.executable if plan.backend == "kubernetes" else plan.python  # nobody can look into an image
+        workers = plan.world_size * (1 + loaders)
+        run_dir = RunDir(plan.run_dir).path
+        urls += [plan.run_dir] if is_url(plan.run_dir) else []
         urls.insert(0, plan.checkpoint_url)
     yield from software.examine(python)
     yield from machine.examine(workers)
     yield from scheduler.examine()
+    if args.backend == "kubernetes" or (plan is not None and plan.backend == "kubernetes"):
+        yield from kubernetes.examine(plan)
     yield machine.free_space(run_dir)
     for url in dict.fromkeys(urls):
         yield from storage.examine(url)

@@ -90,7 +90,8 @@ def module_name(stem: str) -> str:
 def _refuse_taken(paths: list[Path]) -> None:
     taken = [str(path) for path in paths if os.path.lexists(path)]
     if taken:
-        raise UsageError(f"{' and '.join(taken)} exists already, and init overwrites nothing. Choose another name.")
+        verb = "exists" if len(taken) == 1 else "exist"
+        raise UsageError(f"{' and '.join(taken)} {verb} already, and init overwrites nothing. Choose another name.")
     folder = paths[0].parent
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{folder.resolve()} is not writable. Change to another directory.")

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
-from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.rundir import RunDir, look_again
 from dtrain.launcher.follow import BACKEND_AGE_S
 from dtrain.launcher.runs import Job, resolve
 from dtrain.launcher.tail import LineTail
 
 HELP = "What the workers printed, all nodes merged by time; each line as `[rank time] text`."
 POLL_S = 0.2
+LOOK_S = 1.0  # into a store
 _DATE = re.compile(r"\[date (\d{4}-\d\d-\d\d [+-]\d{4})\]$")
 _TAG = re.compile(r"\[(\d+) (\d\d):(\d\d):(\d\d(?:\.\d+)?)\] ?")
 
@@ -124,7 +125,10 @@ def _follow(job: Job, rank: int | None, attempt: int | None) -> int:
     files: dict[Path, tuple[LineTail, LineParser]] = {}
     shown = False
     while True:
+        look_again(job.run.path, LOOK_S)
         over = job.backend_state(BACKEND_AGE_S) == "gone"  # asked first, so that the last lines are not missed
+        if over:
+            look_again(job.run.path)
         found = [a for a in attempts_with_logs(job.run) if a == attempt or (attempt is None and a >= first)]
         for each in found:
             for line in merge([_new_lines(path, files) for path in node_logs(job.run, each)]):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.cluster import exits
+from dtrain.cluster.rundir import look_again
 from dtrain.launcher.console import duration
 from dtrain.launcher.runs import known_jobs
 from dtrain.launcher.state import documented, read_status
@@ -24,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     jobs = known_jobs(Path.cwd())
+    for job in jobs:
+        look_again(job.run.path)
     found = [documented(read_status(job, look_for_checkpoint=False)) for job in jobs]
     if args.json:
         print(json.dumps(found, ensure_ascii=False))

@@ -12,7 +12,7 @@ from typing import Any
 
 from dtrain.cluster import exits
 from dtrain.cluster.rundir import read_json
-from dtrain.launcher.console import duration, failure_view, plural, without_message
+from dtrain.launcher.console import duration, failure_view, nodes_of, plural, without_message
 from dtrain.launcher.runs import resolve
 from dtrain.launcher.state import documented, read_status
 
@@ -42,7 +42,8 @@ def view(status: Mapping[str, Any], failure: Mapping[str, Any] | None, *, now: f
     why = without_message(status["reason"], failure)  # the failure has its own lines below
     reason = f": {why}" if why not in ("", status["state"]) else ""
     seen = f" (seen {duration(max(0.0, now - status['seen_at']))} ago)" if status["seen_at"] else ""
-    layout = f"{plural(status['nodes'], 'node')}, {plural(status['world_size'], 'rank')}, attempt {status['attempt']}"
+    nodes = nodes_of(status["nodes"], status["nodes_asked"])
+    layout = f"{nodes}, {plural(status['world_size'], 'rank')}, attempt {status['attempt']}"
     checkpoint = "none yet" if status["checkpoint"] is None else f"step {status['checkpoint']}"
     lines = [
         f"{status['name']}: {status['state']}{reason}{seen}",

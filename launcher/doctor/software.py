@@ -13,6 +13,7 @@ from typing import Any
 
 from dtrain.cluster.devices import count_gpus
 from dtrain.launcher.doctor.finding import Finding, ok, problem, warn
+from dtrain.strategies.caps import CAPS, Package
 
 TOPIC = "software"
 _CHILD_S = 120
@@ -58,6 +59,7 @@ def examine(python: str) -> Iterator[Finding]:
     yield _dtrain(found, python)
     yield from _torch(found)
     yield from _packages(found)
+    yield from _strategies(found)
     if found["compiler"]:
         yield ok(TOPIC, "compiler", found["compiler"])
     else:
@@ -139,6 +141,23 @@ def _packages(found: dict[str, Any]) -> Iterator[Finding]:
             yield ok(TOPIC, f"extra {extra}" if extra else "packages", ", ".join(packages))
         else:
             yield ok(TOPIC, f"extra {extra}", f"not installed; where you need it: pip install 'dtrain[{extra}]'")
+
+
+def _strategies(found: dict[str, Any]) -> Iterator[Finding]:
+    """Those whose packages are there, and what to do about the others. Nothing here is wrong: who takes another
+    strategy needs no package."""
+    runnable, without = [], dict[Package, list[str]]()
+    for name, caps in CAPS.items():
+        missing = [package for package in caps.needs if package.module not in found["versions"]]
+        versions = [f"{package.module} {found['versions'].get(package.module)}" for package in caps.needs]
+        if not missing:
+            runnable.append(f"{name} ({', '.join(versions)})" if versions else name)
+        for package in missing:
+            without.setdefault(package, []).append(name)
+    yield ok(TOPIC, "strategies", ", ".join(runnable))
+    for package, names in without.items():
+        words = f"needs {package.module}, which is not installed. {package.install}"
+        yield ok(TOPIC, f"strategy {', '.join(names)}", words)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

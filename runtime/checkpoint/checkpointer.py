@@ -79,16 +79,18 @@ class Checkpointer:
         on_commit: Callable[[Committed], None],
         keep: int | None,
         best: BestRule | None = None,
+        before_commit: Callable[[], None] = lambda: None,
         timeout_s: float = 3600.0,
     ) -> None:
-        """`best`: which ones stay besides the newest `keep`. `on_commit` is called on rank 0, from the background
-        thread. `timeout_s`: how long rank 0 waits for the other ranks' files before the save fails."""
+        """`best`: which ones stay besides the newest `keep`. `before_commit` and `on_commit` are called on rank 0, from
+        the background thread. `timeout_s`: how long rank 0 waits for the other ranks' files before the save fails."""
         self._storage = storage
         self._attempt = attempt
         self._rank = rank
         self._world_size = world_size
         self._strategy = strategy
         self._board = board
+        self._before_commit = before_commit
         self._on_commit = on_commit
         self._keep = keep
         self._best = best
@@ -237,6 +239,7 @@ class Checkpointer:
             files=files,
             state=job.state,
         )
+        self._before_commit()
         # An attempt that begins between this check and the next line is safe too: what we commit then lies beyond the
         # step that it went on from, so nobody loads it.
         check_fence(self._storage, self._attempt)

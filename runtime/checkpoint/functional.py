@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtrain.cluster.errors import CheckpointError
+from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.storage import Storage, open_storage
 from dtrain.runtime import session
 from dtrain.runtime.checkpoint.attempts import claim_attempt, live_checkpoints, newest_live
@@ -28,6 +29,7 @@ from dtrain.runtime.checkpoint.read import read_manifest
 from dtrain.runtime.checkpoint.share import load_shared
 from dtrain.runtime.checkpoint.tree import Filling, Tree, flatten
 from dtrain.runtime.checkpoint.world import World, current_world
+from dtrain.runtime.mirroring import before_commit
 from dtrain.strategies.boxes import Box, TensorSpec
 from dtrain.strategies.state import describe
 
@@ -162,6 +164,7 @@ class _Store:
                 board=world.board,
                 on_commit=self._tell_committed,
                 keep=keep,
+                before_commit=before_commit(RunDir(self._place.env.run_dir)) if self._place else lambda: None,
             )
         return self._checkpointer
 

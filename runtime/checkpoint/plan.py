@@ -15,7 +15,7 @@ from dtrain.cluster.errors import CheckpointError
 from dtrain.runtime.checkpoint.dtypes import item_bytes
 from dtrain.runtime.checkpoint.grid import part_box
 from dtrain.runtime.checkpoint.manifest import BoxesRule, GridRule, TensorInfo
-from dtrain.strategies.boxes import Box, Layout, TensorSpec
+from dtrain.strategies.boxes import Box, Layout, Patches, TensorSpec
 
 Owners = tuple[int, ...]
 
@@ -98,17 +98,25 @@ class _Groups:
         item = item_bytes(spec.dtype)
         key = (id(spec.layout), spec.shape, item)
         if key not in self._of_shape:
-            cells = [(part_box(spec.shape, spec.layout.parts, i), group) for i, group in self._owned(spec.layout)]
-            self._of_shape[key] = [_part(box, group, item) for box, group in cells if box.num_elements]
+            self._of_shape[key] = [_part(box, group, item) for box, group in self._cells(spec) if box.num_elements]
         return self._of_shape[key]
+
+    def _cells(self, spec: TensorSpec) -> Iterator[tuple[Box, _Group]]:
+        """The boxes that this rank holds, each with its group."""
+        layout = spec.layout
+        if isinstance(layout, Patches):
+            yield from ((box, self._group(owners)) for box, owners in layout.boxes if self._holds(owners))
+        else:
+            yield from ((part_box(spec.shape, layout.parts, i), group) for i, group in self._owned(layout))
+
+    def _holds(self, owners: Owners) -> bool:
+        return self._rank is None or self._rank in owners
 
     def _owned(self, layout: Layout) -> list[tuple[int, _Group]]:
         """(index of the part, its group)"""
         if id(layout) not in self._of_layout:
             self._of_layout[id(layout)] = [
-                (index, self._group(owners))
-                for index, owners in enumerate(layout.owners)
-                if self._rank is None or self._rank in owners
+                (index, self._group(owners)) for index, owners in enumerate(layout.owners) if self._holds(owners)
             ]
         return self._of_layout[id(layout)]
 
@@ -157,7 +165,11 @@ def manifest_tensors(specs: Sequence[TensorSpec], world_size: int) -> dict[str, 
     }
 
 
-def _owners_rule(layout: Layout) -> GridRule | None:
+def _owners_rule(layout: Layout | Patches) -> GridRule | BoxesRule | None:
+    if isinstance(layout, Patches):
+        if any(len(owners) != 1 for _, owners in layout.boxes):
+            return None
+        return BoxesRule(boxes=tuple((owners[0], box) for box, owners in layout.boxes))
     if any(len(owners) != 1 for owners in layout.owners):
         return None
     return GridRule(parts=layout.parts, writers=_runs([owners[0] for owners in layout.owners]))
@@ -165,6 +177,8 @@ def _owners_rule(layout: Layout) -> GridRule | None:
 
 def _dealt_rule(spec: TensorSpec, parts: Sequence[_Part]) -> GridRule | BoxesRule:
     pieces = [list(_pieces(part)) for part in parts]
+    if isinstance(spec.layout, Patches):
+        return BoxesRule(boxes=tuple(piece for part in pieces for piece in part))
     if len(pieces) == len(spec.layout.owners) and all(len(piece) == 1 for piece in pieces):
         return GridRule(parts=spec.layout.parts, writers=_runs([writer for ((writer, _),) in pieces]))
     return BoxesRule(boxes=tuple(piece for part in pieces for piece in part))

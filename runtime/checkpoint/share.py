@@ -70,7 +70,7 @@ def fill_shared(
     Raises CorruptCheckpoint on every rank, whoever of them read the damaged bytes.
     """
     everybody = tuple(range(world_size))
-    common = {spec.name: spec for spec in specs if spec.layout.owners == (everybody,)} if world_size > 1 else {}
+    common = {spec.name: spec for spec in specs if spec.layout.holders == everybody} if world_size > 1 else {}
     wanted = list(requests)
     targets = {name: target for name, _, target in wanted if name in common}
     own = [request for request in wanted if request[0] not in common]

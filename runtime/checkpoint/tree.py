@@ -14,10 +14,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dtrain.cluster.errors import CheckpointError
 from dtrain.runtime.checkpoint.torchtypes import TORCH_DTYPES
+from dtrain.strategies.placement import local_part
 from dtrain.strategies.state import DTYPES
 
 Tree = Any  # what JSON can hold
@@ -97,7 +97,7 @@ def unwrapped(value: Any) -> Any:
 
 def memory(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same elements."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     storage: Any = local.untyped_storage()  # the stubs of torch 2.13 do not know _cdata
     return storage._cdata, local.storage_offset(), tuple(tensor.shape), local.stride(), tensor.dtype
 

@@ -208,4 +208,6 @@ class ObjectClient:
 
 
 def _info(meta: ObjectMeta) -> ObjectInfo:
-    return ObjectInfo(key=meta["path"], size_bytes=meta["size"], modified_at=meta["last_modified"].timestamp())
+    modified_at = meta["last_modified"].timestamp()
+    version = meta.get("e_tag") or ""
+    return ObjectInfo(key=meta["path"], size_bytes=meta["size"], modified_at=modified_at, version=version)
