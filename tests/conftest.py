@@ -6,28 +6,33 @@ DTRAIN_CI=1 a skip is a failure too, unless the test is marked `gpu`: there, eve
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import gc
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import hypothesis
 import psutil
 import pytest
 
 if TYPE_CHECKING:
+    from kubernetes.client import BatchV1Api, CoreV1Api
+    from kubeserver import KubeServer
+    from raycluster import RayCluster
     from s3servers import S3Server
     from slurmcluster import SlurmCluster
+    from sshhosts import SshHosts
 
+Started = TypeVar("Started")
 MARKER = "DTRAIN_TEST_ID"
 REPO = Path(__file__).resolve().parent.parent
 SETTLE_S = 3.0  # what a killed process may take to be gone; waited only while something is left
@@ -37,6 +42,22 @@ TOOLS_FILES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".h
 TOOLS_TEMP_PREFIXES = ("torchinductor_",)  # torch's compile cache, one a user
 # multiprocessing starts one a process and keeps it on purpose.
 TOOLS_PROCESSES = ("multiprocessing.resource_tracker",)
+
+# Begun first: what takes minutes must not be alone at the end, while the other test processes have nothing to do. Those
+# of Slurm mostly wait: between others that mostly compute.
+LONGEST = (
+    "test_conformance_slurm.py", "test_conformance_local.py", "test_conformance_ssh.py", "test_conformance_ray.py",
+    "test_conformance_kubernetes.py", "test_conformance_mpi.py",
+    "test_slurm_requeues.py", "test_any_layout.py", "test_recovery.py", "test_relaunch.py", "test_slurm_losses.py",
+    "test_zero.py", "test_verify.py", "test_slurm_allocation.py", "test_computing.py", "test_script_runs.py",
+    "test_s3_runs.py", "test_exact.py", "test_s3_faults.py", "test_tensor.py", "test_slurm_runs.py", "test_worker.py",
+    "test_ray.py", "test_kubernetes.py", "test_ssh.py", "test_ssh_schedules.py", "test_ray_schedules.py",
+    "test_kubeserver.py", "test_kubernetes_url.py", "test_run_url.py",
+    "test_huggingface.py", "test_agent_recovery.py", "test_horovod.py",
+    "test_hybrids.py", "test_slurm_schedules.py", "test_kubernetes_schedules.py", "test_script_checkpoint.py",
+    "test_digits.py", "test_cli_launch.py", "test_pipeline.py", "test_example.py", "test_example_models.py",
+    "test_mpi.py",
+)  # fmt: skip
 
 # Tests are about behaviour: how long an example takes says something about the machine only.
 hypothesis.settings.register_profile("dtrain", deadline=None)
@@ -155,38 +176,38 @@ def _settle(done: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
-def radosgw_server() -> Iterator[S3Server]:
-    """Ceph's S3 gateway, started once. Where it can't be installed its tests are skipped, with what is missing."""
-    sys.path.insert(0, str(REPO / "tests" / "assets"))
+@contextlib.contextmanager
+def _started(prefix: str, start: Callable[[Path], contextlib.AbstractContextManager[Started]]) -> Iterator[Started]:
+    """What `start` makes in a folder with a short name, for Unix sockets. Where it lacks something its tests are
+    skipped, with what is missing."""
     from debian import Missing
-    from radosgw import radosgw
 
-    root = Path(tempfile.mkdtemp(prefix="rg-"))  # a short name, for Unix sockets
+    root = Path(tempfile.mkdtemp(prefix=prefix))
     try:
-        with radosgw(root) as server:
-            yield server
+        with start(root) as found:
+            yield found
     except Missing as missing:
         pytest.skip(str(missing))
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def radosgw_server() -> Iterator[S3Server]:
+    """Ceph's S3 gateway, started once. Where it can't be installed its tests are skipped, with what is missing."""
+    from radosgw import radosgw
+
+    with _started("rg-", radosgw) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
     """A real Slurm of four nodes with two fake GPUs each, started once a test process, in two seconds. Take `slurm`."""
-    sys.path.insert(0, str(REPO / "tests" / "assets"))
-    from debian import Missing
     from slurmcluster import slurm_cluster
 
-    root = Path(tempfile.mkdtemp(prefix="sl-"))
-    try:
-        with slurm_cluster(root, gpus=2) as cluster:
-            yield cluster
-    except Missing as missing:
-        pytest.skip(str(missing))
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    with _started("sl-", lambda root: slurm_cluster(root, gpus=2)) as found:
+        yield found
 
 
 @pytest.fixture
@@ -203,10 +224,89 @@ def slurm(slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
         pytest.fail(f"the test left behind: slurm job {', '.join(map(str, left))}", pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def ssh_hosts() -> Iterator[SshHosts]:
+    """Three machines that ssh reaches, on loopback. Take each as you found it: a test that cuts one off boots it."""
+    from sshhosts import ssh_hosts
+
+    with _started("ssh-", ssh_hosts) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def ray_nodes() -> Iterator[RayCluster]:
+    """A real Ray of four nodes with a CPU each, started once a test process, which takes half a minute. Take `ray`."""
+    from raycluster import ray_cluster
+
+    with _started("ray-", ray_cluster) as found:
+        yield found
+
+
+@pytest.fixture
+def ray(ray_nodes: RayCluster) -> Iterator[RayCluster]:
+    """The cluster, every node alive, no job. A test that leaves a job, an actor or a placement group fails."""
+    ray_nodes.clear()
+    yield ray_nodes
+    ray_nodes.restore()
+    _settle(lambda: not ray_nodes.kept() and not ray_nodes.jobs())  # a job's driver sees its end a moment later
+    kept = ray_nodes.kept()
+    if left := ray_nodes.clear() + kept:
+        pytest.fail(f"the test left behind in Ray: {', '.join(left)}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def kube_cluster() -> Iterator[KubeServer]:
+    """A Kubernetes of four nodes with two GPUs each, started once a test process, in a second. Take `kubernetes`."""
+    from kubeserver import kube_server
+
+    with _started("ku-", kube_server) as found:
+        yield found
+
+
+@pytest.fixture
+def kubernetes(kube_cluster: KubeServer) -> Iterator[KubeServer]:
+    """The cluster, clean: every node up, no object of a user's, no fault. A test that leaves a Job or a Pod fails."""
+    kube_cluster.clear()
+    yield kube_cluster
+    _settle(lambda: not kube_cluster.pods())  # they end after their Job
+    if left := [one for one in kube_cluster.clear() if one.startswith(("Job", "Pod", "Service"))]:
+        pytest.fail(f"the test left behind: {', '.join(left)}", pytrace=False)
+
+
+@pytest.fixture
+def batch(kubernetes: KubeServer) -> Iterator[BatchV1Api]:
+    """Kubernetes' Jobs, by the official client, with an ordinary user's rights."""
+    from kubernetes.client import BatchV1Api
+
+    with kubernetes.client(admin=False) as client:
+        yield BatchV1Api(client)
+
+
+@pytest.fixture
+def core(kubernetes: KubeServer) -> Iterator[CoreV1Api]:
+    """Its pods, services and so on, likewise."""
+    from kubernetes.client import CoreV1Api
+
+    with kubernetes.client(admin=False) as client:
+        yield CoreV1Api(client)
+
+
 @cache
 def _has_gpu() -> bool:
     smi = shutil.which("nvidia-smi")
     return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Bytecode, as an installation has it: hundreds of processes that the tests start would compile all of dtrain anew,
+    where the environment says that Python is to write none."""
+    if not hasattr(config, "workerinput"):
+        for name in ("cluster", "launcher", "runtime", "slurm", "strategies"):
+            compileall.compile_dir(REPO / name, quiet=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -226,6 +326,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if item.get_closest_marker("gpu") is None:
         _refuse_skip(report)
+    cluster = getattr(item, "funcargs", {}).get("slurm")
+    if report.failed and report.when == "call" and cluster is not None:
+        report.sections.append(("Slurm, when the test failed", cluster.words()))
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,3 +106,41 @@ def test_the_reason_of_a_run_that_stopped_early_is_kept() -> None:
         "done",
         "stopped early at step 8",
     )
+
+
+DISK = error(message="OSError: [Errno 5] Input/output error", node=1)
+ONCE = Memory(reached=5, suspect=1, strikes=1)
+
+
+@pytest.mark.parametrize(
+    ("memory", "culprit", "nodes", "given_up"),
+    [
+        (Memory(), DISK, 2, None),
+        (ONCE, DISK, 2, 1),
+        (ONCE, replace(KILLED, node=1), 2, 1),
+        (ONCE, LOST, 2, 1),
+        (ONCE, KILLED, 2, None),  # another node
+        (ONCE, error(node=1), 2, None),  # the code's own doing
+        (ONCE, replace(DISK, victim=True), 2, None),
+        (ONCE, DISK, 1, None),  # there is no other
+        (replace(ONCE, blamed=5), DISK, 2, None),  # a node was given up for it, and that has not helped
+        (replace(ONCE, blamed=4), DISK, 2, 1),
+    ],
+)
+def test_a_node_that_fails_twice_in_a_row_is_given_up(
+    memory: Memory, culprit: Fact, nodes: int, given_up: int | None
+) -> None:
+    decision = decide(memory, Outcome(reached=5, culprit=culprit, nodes=nodes), max_stuck=3)
+    assert decision.state is None
+    assert decision.give_up == given_up
+    if given_up is not None:
+        assert (decision.memory.strikes, decision.memory.suspect, decision.memory.blamed) == (0, None, 5)
+
+
+def test_the_same_broken_disk_on_two_nodes_is_the_codes_doing() -> None:
+    memory = Memory()
+    for _ in range(2):
+        memory = decide(memory, Outcome(reached=5, culprit=DISK, nodes=2), max_stuck=3).memory
+    elsewhere = replace(DISK, node=0)
+    memory = decide(memory, Outcome(reached=5, culprit=elsewhere, nodes=2), max_stuck=3).memory
+    assert decide(memory, Outcome(reached=5, culprit=elsewhere, nodes=2), max_stuck=3).exit_code == 93

@@ -3,97 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from toyjob import FOREVER, ToyJob, start_job
 
-from dtrain.cluster.jobplan import JobPlan
-from dtrain.cluster.local import LocalBackend
-from dtrain.cluster.procs import ProcessId
-from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
+from dtrain.cluster.rundir import read_json
 from dtrain.runtime import control
 
 pytestmark = pytest.mark.e2e
-
-TIMINGS = {"heartbeat_s": 0.2, "dead_after_s": 1.5, "handshake_s": 1.5, "stop_s": 3.0}
-FOREVER = {"steps": 100_000, "step_s": 0.02, "commit_every": 5}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToyJob:
-    plan: JobPlan
-    backend: LocalBackend
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir(self.plan.run_dir)
-
-    @property
-    def files(self) -> Any:
-        return self.run.control(self.plan.job_id)
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_jsonl(self.run.events) if event["type"] == kind]
-
-    def agent(self, node: int) -> ProcessId:
-        record = read_json(self.files.node(node))
-        assert record is not None
-        return ProcessId.from_json(record)
-
-    def session(self, node: int) -> list[psutil.Process]:
-        """Every process of a node: its agent's session."""
-        leader = self.agent(node).pid
-        return [process for process in psutil.process_iter() if _session_of(process.pid) == leader]
-
-    def status(self) -> dict[str, Any]:
-        """From the coordinator itself, over the control port."""
-        status: dict[str, Any] = control.request(self.plan.run_dir, self.plan.job_id, "status")["status"]
-        return status
-
-    def coordinator(self) -> int:
-        address = control.find_coordinator(self.files)
-        assert address is not None
-        return address.node_rank
-
-    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                logs = "\n".join(path.read_text() for path in sorted(self.run.path.glob("logs/**/*.log")))
-                events = "\n".join(map(str, read_jsonl(self.run.events)))
-                pytest.fail(f"{what}: not within {timeout_s} s\n{events}\n{logs}")
-            time.sleep(0.01)
-
-    def until_training(self, attempt: int = 1) -> None:
-        """Until a checkpoint of the attempt is there."""
-        found = f"step-*-a{attempt:04d}/manifest.json"
-        self.until(lambda: list((self.run.path / "checkpoints").glob(found)), f"a checkpoint of attempt {attempt}")
-
-    def until_ended(self) -> dict[str, Any]:
-        self.until(lambda: self.files.ended.exists() and self.backend.state(self.plan) == "gone", "the end")
-        ended = read_json(self.files.ended)
-        assert ended is not None
-        return ended
-
-
-def _session_of(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return -1
-
 
 Make = Callable[..., ToyJob]
 
@@ -103,40 +31,9 @@ def launch(tmp_path: Path) -> Iterator[Make]:
     """launch(script, nodes=2, workers="warm") starts a job; whatever still runs at the end is killed."""
     jobs: list[ToyJob] = []
 
-    def start(
-        script: dict[str, Any], *, timings: dict[str, float] | None = None, submit: bool = True, **changes: Any
-    ) -> ToyJob:
-        plan = JobPlan(
-            name="toy",
-            run_dir=str(tmp_path),
-            job_id="toy-1",
-            backend="local",
-            nodes=2,
-            procs_per_node=2,
-            gpus_per_node=0,
-            threads_per_proc=1,
-            python=sys.executable,
-            argv=(),
-            cwd=str(tmp_path),
-            sys_path=(str(Path(__file__).parent),),
-            env={},
-            checkpoint_url=str(tmp_path / "checkpoints"),
-            workers="warm",
-            max_restarts_without_progress=3,
-        )
-        plan = replace(plan, **changes)
-        times = json.dumps({**TIMINGS, **(timings or {})})
-        args = ("--entry", "toyworker:main", "--preload", "", "--timings", times)
-        job = ToyJob(plan=plan, backend=LocalBackend(agent_args=args))
-        job.run.path.mkdir(exist_ok=True)
-        (job.run.path / "toy.json").write_text(json.dumps(script))
-        job.run.job.write_text(json.dumps(plan.to_json()))
-        job.files.path.mkdir(parents=True, mode=0o700)
-        job.files.token.write_text(secrets.token_hex(32))
-        if submit:
-            job.backend.submit(plan)
-        jobs.append(job)
-        return job
+    def start(script: dict[str, Any], **changes: Any) -> ToyJob:
+        jobs.append(start_job(tmp_path, script, **changes))
+        return jobs[-1]
 
     yield start
     for job in jobs:
@@ -300,7 +197,7 @@ def test_a_killed_agent_takes_its_node_along_and_is_replaced(launch: Make, victi
         if process.pid != killed.pid:
             process.suspend()  # so that nobody but the kernel can end them
     os.kill(killed.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(members, timeout=5)
+    _, alive = psutil.wait_procs(members, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     job.until_training(attempt=2)
     failure = job.events("failure")[-1]
@@ -333,7 +230,7 @@ def test_a_frozen_node_that_wakes_up_does_no_harm(launch: Make, node: int) -> No
     for process in members:
         with contextlib.suppress(psutil.NoSuchProcess):  # the agent, first to wake up, ends the others
             process.resume()
-    _, alive = psutil.wait_procs(members, timeout=10)
+    _, alive = psutil.wait_procs(members, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     before = len(job.events("checkpoint_committed"))
     job.until(lambda: len(job.events("checkpoint_committed")) > before + 1, "further checkpoints")
@@ -351,7 +248,7 @@ def test_a_frozen_node_is_gone_when_the_job_has_ended(launch: Make) -> None:
     job.until_training(attempt=2)
     job.backend.stop(job.plan)
     job.until_ended()
-    _, alive = psutil.wait_procs(members, timeout=5)
+    _, alive = psutil.wait_procs(members, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -429,7 +326,7 @@ def test_a_removed_run_takes_its_processes_along(launch: Make, tmp_path: Path, w
     members = job.session(0) + job.session(1)
     logs = [open(path) for path in sorted(job.run.path.glob("logs/agent-*.log"))]  # noqa: SIM115
     shutil.rmtree(job.run.path if what == "run directory" else job.files.path, ignore_errors=True)
-    _, alive = psutil.wait_procs(members, timeout=10)
+    _, alive = psutil.wait_procs(members, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     for log in logs:
         assert "is gone" in log.read()

@@ -27,7 +27,7 @@ from dtrain.runtime.nodeworkers import NodeWorkers, StartOrder
 from dtrain.runtime.options import Options
 from dtrain.runtime.report import MAX_LINE_BYTES, Reporter, find_place, is_victim
 
-ORDER = StartOrder(attempt=1, master_addr="127.0.0.1", master_port=1, resume_step=40, resume_attempt=3)
+ORDER = StartOrder(attempt=1, master_addr="127.0.0.1", master_port=1, resume_step=40, resume_attempt=3, nodes=(0,))
 
 
 class Node:

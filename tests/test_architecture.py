@@ -38,6 +38,8 @@ TORCH_FREE = [
     "strategies.boxes",
     "strategies.caps",
     "strategies.layout",
+    "strategies.exactcheck",
+    "strategies.exacttree",
     "runtime.config",
     "runtime.agent*",
     "runtime.coordinator*",
@@ -147,6 +149,14 @@ def test_torch_does_not_come_in_through_others() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, *sorted(torch_free())], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_agent_needs_nothing_but_dtrain_and_python() -> None:
+    """What looks at a node's Python before the agent starts (cluster/nodescript.py) looks for no more."""
+    code = "import sys; old = set(sys.modules); import dtrain.runtime.agent; print(*{*sys.modules} - old)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    brought = {name.split(".")[0] for name in said.split() if not name.startswith("_sysconfigdata")}
+    assert brought - sys.stdlib_module_names == {"dtrain"}
 
 
 def test_only_here_names_the_other_world() -> None:

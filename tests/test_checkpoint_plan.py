@@ -14,7 +14,7 @@ from dtrain.cluster.errors import CheckpointError
 from dtrain.runtime.checkpoint.dtypes import item_bytes
 from dtrain.runtime.checkpoint.manifest import BoxesRule, GridRule
 from dtrain.runtime.checkpoint.plan import manifest_tensors, plan_shares
-from dtrain.strategies.boxes import Box, Layout, TensorSpec, grid_boxes, replicated, sharded, whole
+from dtrain.strategies.boxes import Box, Layout, Patches, TensorSpec, flat_boxes, replicated, sharded, whole
 
 
 @st.composite
@@ -24,11 +24,14 @@ def worlds(draw: st.DrawFn) -> tuple[int, list[TensorSpec]]:
     specs = []
     for number in range(draw(st.integers(0, 6))):
         shape = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
-        kind = draw(st.sampled_from(["replicated", "sharded", "any"]))
+        layout: Layout | Patches
+        kind = draw(st.sampled_from(["replicated", "sharded", "any", "flat"]))
         if kind == "replicated" or not shape:
             layout = replicated(len(shape), world_size)
         elif kind == "sharded":
             layout = sharded(len(shape), draw(st.integers(0, len(shape) - 1)), tuple(range(world_size)))
+        elif kind == "flat":
+            layout = _cut_flat(shape, world_size, draw(st.booleans()))
         else:
             parts = tuple(draw(st.integers(1, 3)) for _ in shape)
             ranks = st.lists(st.integers(0, world_size - 1), min_size=1, unique=True).map(tuple)
@@ -36,6 +39,26 @@ def worlds(draw: st.DrawFn) -> tuple[int, list[TensorSpec]]:
         dtype = draw(st.sampled_from(["F32", "BF16", "U8", "I64"]))
         specs.append(TensorSpec(name=f"t{number}", dtype=dtype, shape=shape, layout=layout))
     return world_size, specs
+
+
+def _cut_flat(shape: tuple[int, ...], world_size: int, twice: bool) -> Patches:
+    """As ZeRO cuts: flat ranges of one size, the last with padding. `twice`: every range has two owners."""
+    step = -(-math.prod(shape) // world_size)
+    found = []
+    for rank in range(world_size):
+        owners = tuple(sorted({rank, (rank + 1) % world_size})) if twice else (rank,)
+        found += [(box, owners) for box in flat_boxes(shape, rank * step, (rank + 1) * step)]
+    return Patches(tuple(found))
+
+
+@given(st.lists(st.integers(0, 5), max_size=4).map(tuple), st.integers(0, 700), st.integers(0, 700))
+def test_a_flat_range_is_a_few_boxes_in_its_order(shape: tuple[int, ...], one: int, other: int) -> None:
+    begin, end = sorted((one, other))
+    boxes = flat_boxes(shape, begin, end)
+    everything = _elements(whole(shape))
+    assert [element for box in boxes for element in _elements(box)] == everything[begin:end]
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+    assert all(box.num_elements for box in boxes)
 
 
 def _elements(box: Box) -> list[tuple[int, ...]]:
@@ -54,7 +77,7 @@ def test_every_element_is_written_once_by_a_rank_that_holds_it(world: tuple[int,
             spec = by_name[share.name]
             assert share.box.num_elements
             written[share.name].update(_elements(share.box))
-            parts = zip(grid_boxes(spec.shape, spec.layout.parts), spec.layout.owners, strict=True)
+            parts = spec.layout.cells(spec.shape)
             (part,) = [box for box, owners in parts if share.box.intersect(box) == share.box and rank in owners]
             _assert_contiguous(share.box, part)
             assert (rank, share.box) in list(said[share.name].stored_boxes(whole(spec.shape)))

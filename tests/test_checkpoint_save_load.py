@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,10 +27,10 @@ from dtrain.runtime.checkpoint.loader import load_model, load_tensors
 from dtrain.runtime.checkpoint.read import read_manifest
 from dtrain.runtime.checkpoint.torchtypes import DTYPE_NAMES
 from dtrain.runtime.checkpoint.verify import verify_checkpoint
-from dtrain.strategies.boxes import Box, Layout, TensorSpec, grid_boxes, replicated, sharded, whole
+from dtrain.strategies.boxes import Box, Layout, Patches, TensorSpec, flat_boxes, grid_boxes, replicated, sharded, whole
 
 Tensors = dict[str, Tensor]
-MakeLayout = Callable[[int], Layout]
+MakeLayout = Callable[[int], Layout | Patches]
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def local_of(specs: Sequence[TensorSpec], tensors: Tensors, rank: int) -> dict[s
     """What `rank` holds, in memory of its own."""
     local: dict[str, list[tuple[Box, Tensor]]] = {}
     for spec in specs:
-        cells = zip(grid_boxes(spec.shape, spec.layout.parts), spec.layout.owners, strict=True)
+        cells = spec.layout.cells(spec.shape)
         whole_box = whole(spec.shape)
         local[spec.name] = [
             (box, tensors[spec.name][box.relative_to(whole_box)].clone()) for box, owners in cells if rank in owners
@@ -164,7 +165,7 @@ def test_any_layout_loads_what_any_other_saved(store: FileStorage, layout: MakeL
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_box_comes_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Any shape in any grid over any owners; any box of it into memory that is not contiguous."""
+    """Any shape in any grid or flat ranges over any owners; any box of it into memory that is not contiguous."""
     store = FileStorage(str(tmp_path_factory.mktemp("any")))
     claim(store)
     world = data.draw(st.integers(1, 3))
@@ -172,7 +173,11 @@ def test_any_box_comes_back(tmp_path_factory: pytest.TempPathFactory, data: st.D
     parts = tuple(data.draw(st.integers(1, 3)) for _ in shape)
     num_parts = len(grid_boxes(shape, parts))
     owners = st.lists(st.integers(0, world - 1), min_size=1, unique=True).map(tuple)
-    layout = Layout(parts, tuple(data.draw(owners) for _ in range(num_parts)))
+    layout: Layout | Patches = Layout(parts, tuple(data.draw(owners) for _ in range(num_parts)))
+    if data.draw(st.booleans()):
+        cuts = sorted(data.draw(st.lists(st.integers(0, math.prod(shape)), max_size=4)))
+        ranges = zip([0, *cuts], [*cuts, math.prod(shape)], strict=True)
+        layout = Patches(tuple((box, data.draw(owners)) for a, b in ranges for box in flat_boxes(shape, a, b)))
     tensors = {"t": torch.randn(shape)}
     ranks = Ranks(store, world)
     ranks.save(1, tensors, lambda num_dims: layout)

@@ -112,6 +112,8 @@ STATES: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str, float, str
 
 STOPPED = {**ENDED, "state": "stopped", "exit_code": 85, "step": 7, "reason": "time limit"}
 
+SAVED = {**RUNNING, "state": "stopped", "reason": "asked to"}
+
 OF_A_SCHEDULER: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str, str, str, str]] = [
     # ended, status, back end, its words -> state, reason
     (STOPPED, RUNNING, "alive", "waits for Resources", "requeued", "waits for Resources"),
@@ -120,7 +122,8 @@ OF_A_SCHEDULER: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str, st
     (ENDED, RUNNING, "alive", "RUNNING", "done", ""),
     (None, None, "alive", "waits for Priority", "pending", "waits for Priority"),
     (None, RUNNING, "alive", "", "running", ""),
-    (None, {**RUNNING, "state": "stopped", "reason": "asked to"}, "alive", "", "pending", ""),  # it was started again
+    (None, SAVED, "alive", "", "requeued", "its nodes are being started again"),
+    (None, SAVED, "alive", "waits for Prolog", "requeued", "waits for Prolog"),
     (None, RUNNING, "unknown", "no answer", "unknown", "no answer; last seen running"),
     (None, RUNNING, "gone", "Slurm ended it: OUT_OF_MEMORY", "failed", "Slurm ended it: OUT_OF_MEMORY"),
 ]

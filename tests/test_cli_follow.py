@@ -12,8 +12,10 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import pytest
 
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import ProcessId, session_members
-from dtrain.cluster.rundir import RunDir, append_event, read_json, write_atomic
+from dtrain.cluster.rundir import RunDir, append_event, put_end, read_json, write_atomic
 from dtrain.launcher import pace
 from dtrain.launcher.console import Said
 from dtrain.launcher.departure import wait_until_gone
@@ -197,6 +199,21 @@ def test_the_run_dies_without_a_word(start: Start) -> None:
     assert "continue from the beginning (no checkpoint was committed):  dtrain launch toy.yaml" in text
 
 
+@pytest.mark.slow
+def test_who_cancels_has_the_last_word(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel kills a run that does not end, and then puts its end down: a follower may see the first before."""
+    monkeypatch.setattr("dtrain.launcher.follow.ASK_BACKEND_S", 0.2)
+    job, node = start(DIES)
+    job.control.cancel.touch()
+    node.wait()
+    words = "killed: it did not end within 10 s"
+    end = partial(put_end, job.run, job.control, state="cancelled", exit_code=3, reason=words, step=1)
+    later = threading.Timer(1.5, end)
+    later.start()
+    assert follow(job, PlainScreen(100, io.StringIO()), Bookmark()) == 3
+    later.join()
+
+
 def attach(job: Job, **options: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "dtrain.launcher.cli", "attach", str(job.run.path)]
     return subprocess.Popen(command, **options)
@@ -299,7 +316,8 @@ def test_a_terminal_gets_a_bar_with_events_above_it(start: Start) -> None:
     body = (
         HEAD
         + """
-time.sleep(2)
+while not os.path.exists(f"{run.path}/followed"):
+    time.sleep(0.05)
 for step in range(1, 101):
     metric(step)
     time.sleep(0.01)
@@ -314,7 +332,9 @@ end("done", 0, 100)
     environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "24"}
     follower = attach(job, stdout=theirs, stderr=theirs, stdin=theirs, env=environ)
     os.close(theirs)
-    said = read_until(ours, "")
+    said = read_until(ours, "toy")
+    (job.run.path / "followed").touch()
+    said += read_until(ours, "")
     os.close(ours)
     assert follower.wait(timeout=90) == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -231,6 +232,16 @@ class TestRelaunch:
             pass
         with launching(run, "local-3"):
             pass
+
+    def test_a_lock_that_a_killed_launch_left_to_its_child_for_a_moment_is_waited_for(self, tmp_path: Path) -> None:
+        run = RunDir(tmp_path / "r")
+        with launching(run, "local-1"):
+            (lock,) = (run.path / "control").glob("*.lock")
+        with open(lock, "a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            child = subprocess.Popen(["sleep", "0.1"], pass_fds=(held.fileno(),))
+        with launching(run, "local-2"):
+            assert child.wait() == 0
 
     def test_here_is_one_rank_whatever_the_file_says(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config.write_text(config.read_text() + "cluster: {nodes: 2, procs_per_node: 3}\n")

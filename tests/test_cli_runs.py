@@ -22,8 +22,8 @@ from dtrain.launcher.commands.logs import LineParser, merge
 from dtrain.launcher.runs import Job, read_job, resolve
 
 STATUS_KEYS = [
-    "name", "run_dir", "backend", "job_id", "state", "step", "steps", "attempt", "world_size", "nodes", "workers",
-    "checkpoint", "reason", "seen_at",
+    "name", "run_dir", "backend", "job_id", "state", "step", "steps", "attempt", "world_size", "nodes", "nodes_asked",
+    "workers", "checkpoint", "reason", "seen_at",
 ]  # fmt: skip
 WORKER = {"global_rank": 0, "local_rank": 0, "node": 0, "host": "h", "pid": 7, "step": 37, "phase": "backward"}
 

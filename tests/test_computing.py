@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,18 @@ def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def run(compiled_code: dict[str, str]) -> Iterator[Run]:
-    with rank_runner(compiled_code) as run_case:
-        yield run_case
+def run(compiled_code: dict[str, str]) -> Run:
+    return rank_runner(compiled_code)
 
 
 @pytest.fixture(scope="module")
-def ask(compiled_code: dict[str, str]) -> Iterator[Ask]:
-    with rank_functions(compiled_code) as ask_ranks:
-        yield ask_ranks
+def run_without_compiler() -> Run:
+    return rank_runner({"CXX": "no-such-compiler"})
+
+
+@pytest.fixture(scope="module")
+def ask(compiled_code: dict[str, str]) -> Ask:
+    return rank_functions(compiled_code)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +78,7 @@ def one_process(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("strategy", "precision"), [("ddp", "fp16"), ("fsdp", "bf16")])
 def test_half_precision_is_as_near_as_its_rounding(
     run: Run, one_process: Callable[[str], list[float]], tmp_path: Path, strategy: str, precision: str
 ) -> None:
@@ -85,6 +87,8 @@ def test_half_precision_is_as_near_as_its_rounding(
     assert worst_difference(losses(folder), one_process(precision)) <= TOLERANCE[precision]
     assert worst_difference(losses(folder), one_process("fp32")) <= TOLERANCE[precision]
     assert losses(folder) != one_process("fp32"), "it did compute in another precision"
+    manifest = json.loads(next((folder / "checkpoints").glob("step-*/manifest.json")).read_text())
+    assert {tensor["dtype"] for tensor in manifest["tensors"].values()} == {"F32", "I64"}
 
 
 @pytest.mark.e2e
@@ -250,10 +254,9 @@ def test_a_missing_compiler_is_found_before_anything_starts(tmp_path: Path, monk
 
 
 @pytest.mark.e2e
-def test_a_missing_compiler_on_a_node_is_said_and_not_tried_again(tmp_path: Path) -> None:
+def test_a_missing_compiler_on_a_node_is_said_and_not_tried_again(run_without_compiler: Run, tmp_path: Path) -> None:
     folder = prepare(tmp_path / "run", "train.compile=true")
-    with rank_runner({"CXX": "no-such-compiler"}) as run_case:
-        assert run_case(folder, 1) == [93]
+    assert run_without_compiler(folder, 1) == [93]
     assert "no-such-compiler" in failure(folder)["message"]
 
 

@@ -28,7 +28,8 @@ from dtrain.runtime.config import (
     read_run_config,
 )
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.layout import check_layout, fsdp_degrees
+from dtrain.strategies.degrees import AXES, Degrees
+from dtrain.strategies.layout import check_layout, degrees_of
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -254,7 +255,24 @@ def test_a_wrong_product_is_told_as_an_equation(degrees: tuple[Any, Any], words:
 def test_a_copy_of_the_model_is_cut_over_what_is_left() -> None:
     cases: dict[tuple[Any, Any], tuple[int, int]] = {("auto", "auto"): (1, 6), (2, "auto"): (2, 3), ("auto", 2): (3, 2)}
     for (replicate, shard), wanted in cases.items():
-        assert fsdp_degrees(StrategyConfig(name="fsdp", replicate=replicate, shard=shard), 6) == wanted
+        found = degrees_of(StrategyConfig(name="fsdp", replicate=replicate, shard=shard), 6)
+        assert (found.replicate, found.shard) == wanted
+    assert degrees_of(StrategyConfig(name="ddp"), 6).data == 6
+
+
+def test_ranks_stand_on_a_mesh_whose_last_axis_is_the_nearest() -> None:
+    degrees = Degrees(pipeline=2, replicate=3, shard=2, tensor=2)
+    assert degrees.world_size == 24
+    places = [degrees.coordinate(rank) for rank in range(24)]
+    assert [degrees.rank_at(place) for place in places] == list(range(24))
+    assert places[1] == {"pipeline": 0, "replicate": 0, "shard": 0, "tensor": 1}
+    assert degrees.peers(5, ("tensor",)) == (4, 5)
+    assert degrees.peers(5, ("shard",)) == (5, 7)
+    assert degrees.peers(5, ("pipeline", "replicate")) == (1, 5, 9, 13, 17, 21)
+    assert degrees.peers(5, AXES) == tuple(range(24))
+    counting = [degrees.data_rank(rank) for rank in range(24) if degrees.data_rank(rank).counts]
+    assert [found.rank for found in counting] == list(range(6)), "each part of the samples counts once"
+    assert {degrees.data_rank(rank).rank for rank in degrees.peers(5, ("pipeline", "tensor"))} == {2}
 
 
 @pytest.mark.parametrize(

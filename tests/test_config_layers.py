@@ -10,6 +10,7 @@ import pytest
 from dtrain.cluster.errors import ConfigError
 from dtrain.launcher import cli
 from dtrain.launcher.compose import load_config
+from dtrain.launcher.plan import make_plan
 
 TEXT = """\
 model: m.Net
@@ -101,6 +102,10 @@ def test_bases_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None
     config = load_config("cfg.yaml")
     assert (config.run.train.steps, config.run.train.seed, config.name) == (7, 1, "root")
     assert config.origins["train.steps"] == "shared/b.yaml:2"
+    assert config.folders == (str(tmp_path), str(folder), str(folder / "deep"))
+    assert make_plan(config, job_id="x", argv=(), cwd="/").sys_path == (
+        str(tmp_path), "/", str(folder), str(folder / "deep"),
+    )  # fmt: skip
     (tmp_path / "cfg.yaml").write_text(text.replace("shared/a.yaml, ", f"{folder}/a.yaml, "))
     assert load_config("cfg.yaml").run.train.steps == 7
 

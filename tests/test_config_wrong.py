@@ -137,6 +137,11 @@ CASES = [
     _one("override without a key", "command line", "", "expects key.path=value, found '=4'", overrides=("=4",)),
     _one("override of an unknown key", "command line", "train.stesp", "Did you mean steps?",
          overrides=("train.stesp=4",)),
+    _one("a key without its section", "command line", "nodes", "unknown key. Did you mean cluster.nodes? Valid here: ",
+         overrides=("nodes=4",)),
+    _one("a key two sections down", 5, "partition", "Did you mean cluster.slurm.partition?", "partition: gpu"),
+    _one("a URL with one slash", 5, "checkpoint.url", "s3:/bucket would be a folder. Did you mean s3://...?",
+         "checkpoint: {url: s3:/bucket}"),
     _one("override that is no YAML", "command line", "name", "Put quotes around it: name='\"*x\"'",
          overrides=("name=*x",)),
     _one("override of no item", "command line", "optimizer.groups.1",
@@ -343,6 +348,7 @@ def test_wrong_config(case: Case, folder: Path) -> None:
         assert problem.where == (f"cfg.yaml:{where}" if isinstance(where, int) else where)
         assert problem.key == key
         assert words in problem.message
+        assert not problem.message.startswith(("strategy:", f"{problem.key}:")), "its key is there already"
     assert not (folder / "runs").exists()
 
 

@@ -27,6 +27,8 @@ from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import is_victim
 from dtrain.runtime.task import Task, forward, make_loss
+from dtrain.strategies.degrees import Degrees
+from dtrain.strategies.passes import OneByOne
 
 CPU = torch.device("cpu")
 
@@ -52,12 +54,22 @@ def make(dataset: Any, *, workers: int, steps: int = 6, **more: Any) -> Batches:
     return Batches(source, start_step=0, steps=steps, workers=workers, device=CPU, **settings)
 
 
+_before: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Servers and parents of ranks, which a test process keeps for other files, are no loaders."""
+    _before.clear()
+    _before.update(child.pid for child in psutil.Process().children(recursive=True))
+
+
 def loaders() -> list[psutil.Process]:
     """Living ones: an earlier test's child may be a zombie still, which has no command line."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "resource_tracker" not in " ".join(process.cmdline()):
+            if process.pid not in _before and "resource_tracker" not in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
@@ -171,6 +183,8 @@ def test_evaluation_is_the_exact_mean_and_leaves_the_model_training(alone: Ranks
     evaluation = Evaluation(
         make_source=lambda: MapSource(Squares(11), plan, seed=0, num_steps=plan.num_steps, key="data.eval"),
         ranks=alone,
+        data=Degrees().data_rank(0),
+        passes=OneByOne(),
         seed=0,
         workers=workers,
         collate=None,

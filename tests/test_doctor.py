@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3servers import environment, moto
 
 from dtrain.cluster.filestore import FileStorage
 from dtrain.launcher.cli import main
 from dtrain.launcher.doctor import machine, software, storage
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-from s3servers import environment, moto
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +113,9 @@ def test_a_package_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["python"].level == "problem"
     assert "dtrain[s3]" in found["extra s3"].found
     assert "moto" not in found
+    assert "dtrain.launcher.build_horovod" in found["strategy horovod"].found
+    assert "pip install" in found["strategy zero1, zero2, zero3"].found
+    assert found["strategies"].found == "single, ddp, fsdp"
 
 
 def test_object_stores_are_tried_for_real() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    with rank_runner() as run_case:
-        yield run_case
+def run() -> Run:
+    return rank_runner()
 
 
 def prepare(folder: Path, *overrides: str, **sections: Any) -> Path:

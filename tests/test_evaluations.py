@@ -27,6 +27,8 @@ from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.report import Reporter
 from dtrain.runtime.task import Task, forward
+from dtrain.strategies.degrees import Degrees
+from dtrain.strategies.passes import OneByOne
 
 # ---- what metrics may return ----
 
@@ -160,6 +162,8 @@ def evaluation(
     return Evaluation(
         make_source=lambda: MapSource(Numbers(), plan, seed=0, num_steps=plan.num_steps, key="data.eval"),
         ranks=ranks,
+        data=Degrees().data_rank(0),
+        passes=OneByOne(),
         seed=0,
         workers=0,
         collate=None,

@@ -25,7 +25,7 @@ from dtrain.runtime.decide import State
 
 REPO = Path(__file__).resolve().parent.parent
 PAGE = (REPO / "docs" / "files-and-exit-codes.md").read_text()
-CODE = [path for folder in ("launcher", "runtime") for path in sorted((REPO / folder).rglob("*.py"))]
+CODE = [path for folder in ("launcher", "runtime", "slurm") for path in sorted((REPO / folder).rglob("*.py"))]
 
 
 def tables(heading: str) -> list[list[list[str]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Run, events, losses, rank_runner
+from cases import Run, events, losses, needs, rank_runner
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -22,10 +23,11 @@ from dtrain.runtime.checkpoint.attempts import claim_attempt
 from dtrain.runtime.checkpoint.loader import load_model
 from dtrain.runtime.export import Request, export
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'dtrain[hf]'")
+needs("transformers", "needs transformers: pip install 'dtrain[hf]'", module=True)
 
 ASSETS = Path(__file__).parent / "assets"
 STEPS = 12
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 MODELS = {  # and the auto class that opens its folders
     "gpt2": "AutoModelForCausalLM",
     "llama": "AutoModelForCausalLM",
@@ -44,9 +46,9 @@ def hf() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    with rank_runner(preload=["hf"]) as run_case:
-        yield run_case
+def run() -> Run:
+    preload = ["hf", *(["deepspeed"] if DEEPSPEED else [])]
+    return rank_runner({"DS_ACCELERATOR": "cpu"}, preload=preload)
 
 
 def prepare(folder: Path, name: str, *overrides: str, model: dict[str, Any] | None = None) -> Path:
@@ -75,8 +77,8 @@ def test_every_layout_gives_the_losses_of_one_process(run: Run, tmp_path: Path, 
     assert run(one, 1) == [0]
     wanted = losses(one)
     assert wanted[-1] < wanted[0]
-    for strategy in ("ddp", "fsdp"):
-        folder = prepare(tmp_path / strategy, name, f"strategy={strategy}")
+    for strategy in ("ddp", "fsdp", "zero3")[: 3 if DEEPSPEED else 2]:
+        folder = prepare(tmp_path / strategy, name, f"strategy={strategy}", "cluster.procs_per_node=2")
         assert run(folder, 2) == [0, 0]
         assert losses(folder) == pytest.approx(wanted, rel=1e-6), strategy
 

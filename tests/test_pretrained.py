@@ -3,7 +3,6 @@ and frozen parameters stay what they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 @pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
+def ask() -> Ask:
     """ask(name, world_size, ...): what weight_functions.<name> returns on each rank."""
-    with rank_functions(module="weight_functions") as ask_ranks:
-        yield ask_ranks
+    return rank_functions(module="weight_functions")
 
 
 @pytest.fixture

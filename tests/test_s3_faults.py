@@ -10,7 +10,6 @@ Most run against an endpoint in memory (it is quick), the rest against moto. DTR
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -18,15 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-
 from faultproxy import FAULTS, NO_FAULTS, FaultProxy, Schedule
 from mortal import Killed, Life, Mortal, MortalBoard
 from s3servers import S3Server, environment, memory, moto

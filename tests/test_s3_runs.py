@@ -11,28 +11,21 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-
+from launched import DTRAIN, Curve, Launched
 from s3servers import S3Server, rclone
 
-from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
+from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.storage import open_storage
 from dtrain.runtime.checkpoint.garbage import find_garbage
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-ASSETS = Path(__file__).parent / "assets"
-DTRAIN = Path(sys.executable).parent / "dtrain"
 BUCKET, STEPS = "dtrain-runs", 48
 CONFIG: dict[str, Any] = {
     "model": {"_target_": "parity.Transformer", "dropout": 0.1},
@@ -46,85 +39,27 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    run: RunDir
-    config: Path
-    variables: Mapping[str, str]
-
-    def launch(self, *more: str) -> subprocess.Popen[bytes]:
-        with open(self.run.path.with_suffix(".out"), "ab") as output:
-            command: list[str | Path] = [DTRAIN, "launch", "--run-dir", self.run.path, self.config, *more]
-            return subprocess.Popen(command, stdout=output, stderr=output, env=self._environ())
-
-    def finish(self, *more: str) -> None:
-        code = self.launch(*more).wait(150)
-        assert code == 0, self.run.path.with_suffix(".out").read_text()
-
-    def ckpt(self, *words: str) -> tuple[int, str]:
-        command: list[str | Path] = [DTRAIN, "ckpt", words[0], self.run.path, *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, env=self._environ(), timeout=300, check=False)
-        return done.returncode, done.stdout + done.stderr
-
-    def records(self) -> list[dict[str, Any]]:
-        return list(read_jsonl(self.run.metrics))
-
-    def curve(self) -> list[tuple[int, float, float]]:
-        return [(record["step"], record["loss"], record["grad_norm"]) for record in self.records()]
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_jsonl(self.run.events) if event["type"] == kind]
-
-    def until(self, condition: Callable[[], Any], what: str) -> None:
-        deadline = time.monotonic() + 90
-        while not condition():
-            if time.monotonic() > deadline:
-                pytest.fail(f"{what}: not in time\n{self.run.path.with_suffix('.out').read_text()}")
-            time.sleep(0.02)
-
-    def worker(self, global_rank: int) -> int:
-        status = json.loads(subprocess.check_output([DTRAIN, "status", "--json", self.run.path], env=self._environ()))
-        return next(int(worker["pid"]) for worker in status["workers"] if worker["global_rank"] == global_rank)
-
-    def kill_everything(self, launching: subprocess.Popen[bytes]) -> None:
-        """As when the machine loses power."""
-        job = read_json(self.run.job)
-        assert job is not None
-        control = self.run.control(job["job_id"])
-        leaders = {int((read_json(control.node(node)) or {})["pid"]) for node in range(2)}
-        for process in psutil.process_iter():
-            if process.pid == launching.pid or _session_of(process.pid) in leaders:
-                process.kill()
-        launching.wait()
-
-    def _environ(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ASSETS), **self.variables}
+def ckpt(job: Launched, *words: str) -> tuple[int, str]:
+    command: list[str | Path] = [DTRAIN, "ckpt", words[0], job.run.path, *words[1:]]
+    environ = {**os.environ, **job.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
-def _session_of(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return -1
-
-
-def job(directory: Path, name: str, variables: Mapping[str, str]) -> Job:
+def job(directory: Path, name: str, variables: Mapping[str, str]) -> Launched:
     config = directory / "cfg.yaml"
     config.write_text(json.dumps(CONFIG))
-    return Job(run=RunDir(directory / name), config=config, variables=variables)
+    return Launched(run=RunDir(directory / name), config=config, environ=variables)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float, float]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Curve:
     """The curve of a run on file:// to which nothing happens."""
     directory = tmp_path_factory.mktemp("whole")
     whole = job(directory, "run", {"HOME": str(directory), "XDG_STATE_HOME": str(directory / "state")})
-    whole.finish()
+    assert whole.finish() == 0, whole.said
     assert len(whole.curve()) == STEPS
     return whole.curve()
-
-
-Curve = list[tuple[int, float, float]]
 
 
 def test_on_a_server_with_conditional_put(uninterrupted: Curve, radosgw_server: S3Server, tmp_path: Path) -> None:
@@ -144,22 +79,22 @@ def kill_and_relaunch(uninterrupted: Curve, server: S3Server, directory: Path) -
     hurt = job(directory, "hurt", server.variables())
     more = [f"checkpoint.url={url}"]
     process = hurt.launch(*more)
-    hurt.until(lambda: len(hurt.records()) >= 10, "step 10")
+    hurt.until_step(10)
     os.kill(hurt.worker(1), signal.SIGKILL)
-    hurt.until(lambda: len(hurt.events("attempt_started")) == 2, "attempt 2 after the loss of a worker")
-    hurt.until(lambda: len(hurt.records()) >= 22, "step 22")
+    hurt.until(lambda: hurt.attempts() == 2, "attempt 2 after the loss of a worker")
+    hurt.until_step(22)
     hurt.kill_everything(process)
-    hurt.finish(*more)
+    assert hurt.finish(*more) == 0, hurt.said
     assert hurt.events("resumed")[-1]["step"] >= 8
     assert hurt.curve() == uninterrupted
-    assert hurt.ckpt("verify")[0] == 0
+    assert ckpt(hurt, "verify")[0] == 0
 
     leave_behind(server)
     time.sleep(1.1)  # the store's clock counts whole seconds
-    code, words = hurt.ckpt("gc", "--older-than", "1s")
+    code, words = ckpt(hurt, "gc", "--older-than", "1s")
     assert code == 0, words
     assert_tidy(server, url)
-    assert hurt.ckpt("verify")[0] == 0
+    assert ckpt(hurt, "verify")[0] == 0
     assert_no_secrets(server, hurt.run.path, Path(os.environ["HOME"]))
 
 

@@ -3,6 +3,7 @@ what happens to agents inside a job: killed, cut off, begun anew."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,16 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import counted
 import pytest
 import yaml
+from slurmcluster import SlurmCluster
 
 from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
 from dtrain.slurm.owner import newest_owner
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-
-import counted
-from slurmcluster import SlurmCluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -52,23 +50,22 @@ def write_config(folder: Path, steps: int, **more: Any) -> None:
     (folder / "cfg.yaml").write_text(yaml.safe_dump(config))
 
 
+@contextlib.contextmanager
+def salloc(folder: Path, *options: str) -> Iterator[dict[str, str]]:
+    """The environment of a shell in `salloc -N2`."""
+    say = "env -0 >salloc.tmp; mv salloc.tmp salloc; read"
+    argv = ["salloc", "-N2", "--time=10", *options, "bash", "-c", say]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as shell:
+        wait_for((folder / "salloc").exists, "the allocation")
+        pairs = (folder / "salloc").read_text().split("\0")
+        yield os.environ | dict(pair.split("=", 1) for pair in pairs if pair.startswith("SLURM"))
+        shell.communicate(b"\n", timeout=PATIENCE_S)
+
+
 @pytest.fixture
-def allocation(slurm: SlurmCluster, folder: Path) -> Iterator[dict[str, str]]:
-    """What a shell of `salloc -N2` has in its environment."""
-    shell = subprocess.Popen(
-        ["salloc", "-N2", "--no-shell", "--time=10"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    said = shell.communicate()[0]
-    number = next(word for word in said.split() if word.isdigit())
-    job = slurm.job(int(number))
-    yield {
-        **os.environ,
-        "SLURM_JOB_ID": number,
-        "SLURM_JOB_NODELIST": job["NodeList"],
-        "SLURM_JOB_CPUS_PER_NODE": "1(x2)",
-        "SLURM_JOB_NUM_NODES": "2",
-    }
-    slurm.run("scancel", number)
+def allocation(folder: Path) -> Iterator[dict[str, str]]:
+    with salloc(folder) as environ:
+        yield environ
 
 
 def losses(run: Path) -> list[float]:
@@ -83,6 +80,9 @@ def wait_for(ready: Callable[[], object], words: str) -> None:
 
 
 def wait_for_step(run: Path, step: int) -> None:
+    """It goes on from there, but not far: until the next step is waited for, or `hurry`."""
+    wait_for(RunDir(run).job.exists, f"a job in {run}")
+    counted.allow(run, step + counted.AHEAD)
     wait_for(lambda: len(losses(run)) >= step, f"step {step} of {run}: {list(read_jsonl(RunDir(run).events))[-3:]}")
 
 
@@ -92,6 +92,10 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def agents(slurm: SlurmCluster, node: str) -> list[int]:
     return [pid for pid, line in slurm.node_processes(node).items() if "dtrain.runtime.agent" in line]
+
+
+def status(run: Path) -> dict[str, Any]:
+    return read_json(RunDir(run).control(job_of(run)).status) or {}
 
 
 def job_of(run: Path) -> str:
@@ -104,7 +108,7 @@ def slurm_job_of(run: Path) -> int:
     return int(owner.slurm_job_id)
 
 
-def test_three_launches_in_one_allocation_one_interrupted(
+def test_three_launches_in_one_allocation_one_interrupted_one_with_a_frozen_agent(
     slurm: SlurmCluster, folder: Path, allocation: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(folder, 60)
@@ -112,6 +116,9 @@ def test_three_launches_in_one_allocation_one_interrupted(
     whole = subprocess.run([*launch, "--name", "whole"], env=allocation, capture_output=True, text=True, check=False)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert "2 nodes x 1 process" in whole.stdout
+    control = RunDir(folder / "runs/whole").control(job_of(folder / "runs/whole"))
+    records = [read_json(control.node(node)) or {} for node in (0, 1)]
+    assert [record.get("host") for record in records] == slurm.nodes[:2]
 
     slow = {**allocation, "COUNTED_STEP_S": "0.1"}
     broken = subprocess.Popen([*launch, "--name", "broken"], env=slow, stdout=subprocess.PIPE, text=True)
@@ -122,15 +129,44 @@ def test_three_launches_in_one_allocation_one_interrupted(
     assert 5 <= len(losses(folder / "runs/broken")) < 60
     assert slurm.job(int(allocation["SLURM_JOB_ID"]))["JobState"] == "RUNNING"
 
-    again = subprocess.run([*launch, "--name", "broken"], env=allocation, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = subprocess.Popen([*launch, "--name", "broken"], env=slow, stdout=subprocess.PIPE, text=True)
+    wait_for_step(folder / "runs/broken", len(losses(folder / "runs/broken")) + 5)
+    assert set(counted.samples(folder / "runs/broken").values()) == {1}, "a stop repeats nothing"
+    (frozen,) = agents(slurm, slurm.nodes[1])
+    attempts = len(events(folder / "runs/broken", "attempt_started"))
+    os.kill(frozen, signal.SIGSTOP)  # another takes its place, and it must not hold the step for ever
+    wait_for(lambda: len(events(folder / "runs/broken", "attempt_started")) > attempts, "another in its place")
+    (folder / "runs/broken" / counted.HURRY).touch()
+    said = again.communicate(timeout=PATIENCE_S)[0]
+    assert again.returncode == 0, said
     assert losses(folder / "runs/broken") == losses(folder / "runs/whole")
-    assert set(counted.samples(folder / "runs/broken").values()) == {1}
     for name, value in allocation.items():
         if name.startswith("SLURM_JOB"):
             monkeypatch.setenv(name, value)
     assert slurm.run("srun", "-N2", "hostname").stdout.split() != []
     wait_for(lambda: not [pid for node in slurm.nodes for pid in agents(slurm, node)], "agents that stay")
+
+
+def test_an_allocation_that_loses_a_node_is_used_with_the_other(slurm: SlurmCluster, folder: Path) -> None:
+    """Its first one, and again by the next launch; the environment of the shell still names both."""
+    write_config(folder, 60)
+    launch = [*DTRAIN, "launch", "cfg.yaml"]
+    with salloc(folder, "--no-kill") as environ:
+        slow = {**environ, "COUNTED_STEP_S": "0.1"}
+        hit = subprocess.Popen([*launch, "--name", "hit"], env=slow, stdout=subprocess.PIPE, text=True)
+        wait_for_step(folder / "runs/hit", 5)
+        slurm.kill_node(slurm.nodes[0])
+        (folder / "runs/hit" / counted.HURRY).touch()
+        said = hit.communicate(timeout=2 * PATIENCE_S)[0]
+        assert hit.returncode == 0, said
+        assert "goes on with 1 of 2 nodes: node 0 can't be reached" in said
+        steps = [record["step"] for record in read_jsonl(RunDir(folder / "runs/hit").metrics)]
+        assert steps == list(range(1, 61))
+        number = int(environ["SLURM_JOB_ID"])
+        wait_for(lambda: "[" not in slurm.job(number)["NodeList"], "Slurm's notice of the loss")
+        again = subprocess.run([*launch, "--name", "again"], env=environ, capture_output=True, text=True, check=False)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "1 node x 1 process" in again.stdout
 
 
 def test_the_second_interrupt_kills_and_leaves_the_allocation(
@@ -186,7 +222,7 @@ exec {" ".join(DTRAIN)} launch --batch "$@"
 def test_plain_sbatch_and_a_second_job_on_the_same_run(slurm: SlurmCluster, folder: Path) -> None:
     """Composed in the job; agents that are killed come back, that of the coordinator too; a requeue goes on where it
     was, and what is left of the first start can't take part."""
-    write_config(folder, 400)
+    write_config(folder, 120)
     (folder / "train.sbatch").write_text(SCRIPT)
     submit = ("--export=ALL,COUNTED_STEP_S=0.05", "train.sbatch", "cfg.yaml", "name=hand")
     number, run = slurm.submit(*submit), folder / "runs/hand"
@@ -208,10 +244,11 @@ def test_plain_sbatch_and_a_second_job_on_the_same_run(slurm: SlurmCluster, fold
     slurm.run("scontrol", "requeue", str(number))
     wait_for(lambda: slurm.job(number)["JobState"] == "PENDING", "the requeue")
     assert (read_json(RunDir(run).control(job_of(run)).ended) or {})["state"] == "stopped"
+    (run / counted.HURRY).touch()
     slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now")
     assert slurm.wait_job(number, "COMPLETED", timeout_s=PATIENCE_S)["ExitCode"] == "0:0"
     assert [event["restart"] for event in events(run, "requeued")] == [1]
-    assert len(losses(run)) == 400
+    assert len(losses(run)) == 120
 
 
 def test_a_node_that_was_cut_off_has_no_part_in_the_next_start(slurm: SlurmCluster, folder: Path) -> None:

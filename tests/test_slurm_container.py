@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from slurmcluster import SlurmCluster
 
 from dtrain.cluster.jobplan import ClusterConfig, JobPlan
 from dtrain.cluster.slurmconfig import ContainerConfig
@@ -18,10 +19,6 @@ from dtrain.launcher.submit import gather_code
 from dtrain.launcher.targetcheck import look_at_targets
 from dtrain.slurm.container import Wrapping, check_container, mounted, python_folders, wrap
 from dtrain.slurm.steps import step_argv
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-
-from slurmcluster import SlurmCluster
 
 RUN = "/work/ada/runs/a run"
 
@@ -54,7 +51,7 @@ def test_apptainer() -> None:
     }
     assert words.before[5:] == ("/images/a b.sif",)
     assert "--nv" not in wrap(a_plan(container), []).before
-    argv = step_argv(a_plan(container), ["n1"], 8, node_rank=1, overlap=True)
+    argv = step_argv(a_plan(container), ["n1"], 8, ranks=[1], overlap=True)
     assert argv[argv.index("apptainer") - 1].startswith("--")
     assert argv[-4:] == ("/images/a b.sif", "bash", f"{RUN}/control/slurm-1/node.sh", "1")
 

@@ -39,21 +39,26 @@ def dtrain(slurm: SlurmCluster, *words: str) -> subprocess.CompletedProcess[str]
 def on_the_login_node(slurm: SlurmCluster) -> list[str]:
     """What this test has started, on no simulated node."""
     mark = f"DTRAIN_TEST_ID={os.environ['DTRAIN_TEST_ID']}".encode()
-    nodes = {pid for node in slurm.nodes for pid in slurm.node_processes(node)}
-    found = []
+    nodes = _on_nodes(slurm)
+    found = {}
     for process in psutil.process_iter(["cmdline", "status"]):
         with contextlib.suppress(OSError):
-            if mark in Path(f"/proc/{process.pid}/environ").read_bytes() and process.pid not in nodes:
-                found.append(" ".join(process.info["cmdline"] or []))
-    return found
+            if mark in Path(f"/proc/{process.pid}/environ").read_bytes():
+                found[process.pid] = " ".join(process.info["cmdline"] or [])
+    nodes |= _on_nodes(slurm)  # of which some have begun and some have ended meanwhile
+    return [words for pid, words in found.items() if pid not in nodes]
 
 
-def wait_for(slurm: SlurmCluster, run: str, states: Sequence[str]) -> dict[str, object]:
+def _on_nodes(slurm: SlurmCluster) -> set[int]:
+    return {pid for node in slurm.nodes for pid in slurm.node_processes(node)}
+
+
+def wait_for(slurm: SlurmCluster, run: str, states: Sequence[str], reason: str = "") -> dict[str, object]:
     deadline = time.monotonic() + 90
     while True:
         done = dtrain(slurm, "status", run, "--json")
         status: dict[str, object] = json.loads(done.stdout) if done.stdout else {}
-        if status.get("state") in states:
+        if status.get("state") in states and reason in str(status["reason"]):
             return status
         assert time.monotonic() < deadline, (status, done.stderr)
         time.sleep(0.5)
@@ -88,11 +93,25 @@ def test_launch_leaves_nothing_and_the_run_is_found_from_anywhere(slurm: SlurmCl
     assert "dtrain attach cfg" in said
     assert slurm.job(number)["JobState"] == "RUNNING"
 
+    # Requeued, it is held; nobody follows it, but whoever launches it again lets it go.
+    slurm.run("scontrol", "requeue", str(number))
+    slurm.wait_job(number, "PENDING")
+    slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now+600")
+    wait_for(slurm, "cfg", ["requeued"], "`dtrain attach` lets it go")  # when Slurm has looked at the new time
+    assert dtrain(slurm, "launch", "--detach", "--dry-run", "cfg.yaml").returncode == exits.USAGE
+    assert slurm.job(number)["JobState"] == "PENDING"
+    assert dtrain(slurm, "launch", "--detach", "cfg.yaml").returncode == exits.USAGE
+    wait_for(slurm, "cfg", ["running"])
+
     listed = dtrain(slurm, "ls")
     assert "running" in listed.stdout
     assert "up" in dtrain(slurm, "logs", "cfg").stdout
-    cancelled = dtrain(slurm, "cancel", "cfg")
-    assert cancelled.returncode == exits.DONE, cancelled.stderr
+    # From another login node, where nobody has launched anything.
+    there = [sys.executable, "-P", "-m", "dtrain.launcher.cli"]
+    run_dir = str(tmp_path / "runs" / "cfg")
+    said = slurm.on("node4", *there, "status", "--json", run_dir)
+    assert json.loads(said[said.index("{") :])["state"] == "running"
+    slurm.on("node4", *there, "cancel", run_dir)
     assert wait_for(slurm, "cfg", ["cancelled"])["reason"] in ("", "cancelled")
     assert slurm.jobs() == []
     assert on_the_login_node(slurm) == []

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
 import slurmclient
 from slurmfaults import write_sleeper, write_wrappers
 
@@ -191,6 +189,14 @@ def wait_for(job: Job, state: str, timeout_s: float = 30.0) -> dict[str, Any]:
     return status
 
 
+def wait_for_script(job: Job) -> None:
+    """Slurm calls a job RUNNING before its script has begun."""
+    deadline = time.monotonic() + 60.0
+    while not (job.run.path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.e2e
 def test_what_slurm_refuses_is_said_in_its_words(launch: Launch, slurm: SlurmCluster) -> None:
     with pytest.raises(UsageError, match="Memory specification can not be satisfied"):
@@ -337,8 +343,7 @@ def test_a_job_that_was_cancelled_by_hand_says_so(launch: Launch, slurm: SlurmCl
 @pytest.mark.e2e
 def test_a_job_that_died_without_a_word_has_slurms(launch: Launch, slurm: SlurmCluster) -> None:
     job = launch()
-    slurm.wait_job(number_of(job), "RUNNING")
-    time.sleep(1.0)  # RUNNING comes before the script has begun
+    wait_for_script(job)
     slurm.run("scancel", "--signal=KILL", "--batch", str(number_of(job)))
     assert wait_for(job, "failed")["reason"].startswith(f"Slurm ended job {number_of(job)} (")
     assert follow(job, PlainScreen(None, io.StringIO()), bookmark(job.run)) == exits.STOPPED
@@ -351,8 +356,7 @@ def test_cancel_in_every_state(
 ) -> None:
     job = launch(**({"nodes": 5} if state == "pending" else {}))
     if state != "pending":
-        slurm.wait_job(number_of(job), "RUNNING")
-        time.sleep(1.0)  # RUNNING comes before the script has begun
+        wait_for_script(job)
     if state == "requeued":
         slurm.run("scontrol", "requeue", str(number_of(job)))
         wait_for(job, "requeued")
@@ -371,8 +375,7 @@ def test_a_follower_goes_through_a_requeue_and_shortens_its_hold(
 ) -> None:
     monkeypatch.setattr(following, "ASK_BACKEND_S", 0.5)
     job = launch(seconds=4.0)
-    slurm.wait_job(number_of(job), "RUNNING")
-    time.sleep(1.0)
+    wait_for_script(job)
     since = bookmark(job.run)
     slurm.run("scontrol", "requeue", str(number_of(job)))
     screen = io.StringIO()

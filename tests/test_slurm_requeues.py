@@ -1,121 +1,44 @@
-"""A run on a real Slurm that is stopped again and again, and that loses nodes, ends as if nothing had happened: the
+"""A run on a real Slurm that is stopped again and again ends as if nothing had happened: the
 same numbers bit for bit, every sample once, nobody's help."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import counted
 import pytest
+from countedrun import BATCH, EVAL_EVERY, HANG_S, Run
+from slurmcluster import SlurmCluster
 
 from dtrain.cluster import exits
-from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-
-from slurmcluster import SlurmCluster
+from dtrain.cluster.rundir import read_json
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-ASSETS = Path(__file__).parent / "assets"
-HANG_S = 300.0
-BATCH = 6
+REFUSE = "refuse"  # a file in the run directory
 EVERY = 8  # steps between two stops, as far as the run is then: a stop takes a moment to arrive
-STEPS = 10 * EVERY + 80
-
-
-class Run:
-    """One run of a counted training in `folder`. Its end is that of its control directory."""
-
-    def __init__(self, slurm: SlurmCluster, folder: Path, steps: int, /, **cluster: Any) -> None:
-        self.slurm = slurm
-        self.steps = steps
-        self.dir = folder / "run"
-        self._folder = folder
-        folder.mkdir(exist_ok=True)
-        config = {
-            "name": "counted",
-            "run_dir": str(self.dir),
-            "model": {"_target_": "counted.Model"},
-            "loss": "counted.loss",
-            "data": {"train": {"_target_": "counted.Data", "size": steps * BATCH}, "batch_size": BATCH, "workers": 0},
-            "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.01},
-            "train": {"steps": steps, "seed": 3},
-            "checkpoint": {"keep": 2, "every": 5},
-            "cluster": {"backend": "slurm", "nodes": 2, **cluster},
-        }
-        (folder / "cfg.yaml").write_text(json.dumps(config))
-
-    def launch(self, *options: str, step_s: float = 0.1) -> None:
-        paths = os.pathsep.join([str(ASSETS), os.environ.get("PYTHONPATH", "")])
-        environ = {
-            **os.environ, **self.slurm.environ(), "COUNTED_STEP_S": str(step_s), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": paths,
-        }  # fmt: skip
-        dtrain = [sys.executable, "-P", "-m", "dtrain.launcher.cli", "launch", "cfg.yaml", *options]
-        subprocess.run(dtrain, cwd=self._folder, env=environ, check=True, timeout=HANG_S, stdout=subprocess.DEVNULL)
-
-    def wait(self, what: str, reached: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + HANG_S
-        while True:
-            code = self.exit_code  # first: a run that ends now has reached what it was to reach
-            if reached():
-                return
-            if time.monotonic() > deadline or code not in (None, exits.STOPPED):
-                pytest.fail(f"exit code {code} before {what}\n{self.words()}")
-            time.sleep(0.1)
-
-    def wait_done(self) -> None:
-        self.wait("the end", lambda: self.exit_code == exits.DONE)
-
-    def wait_step(self, step: int) -> None:
-        self.wait(f"step {step}", lambda: self.step >= step)
-
-    @property
-    def exit_code(self) -> int | None:
-        """Of its last word; a run that goes on after a stop has that put aside."""
-        found = [read_json(path) for path in self.dir.glob("control/*/ended.json")]
-        return int(found[0]["exit_code"]) if found and found[0] else None
-
-    @property
-    def step(self) -> int:
-        records = list(read_jsonl(RunDir(self.dir).metrics))
-        return int(records[-1]["step"]) if records else 0
-
-    def numbers(self) -> list[tuple[Any, ...]]:
-        return [(r["step"], r["loss"], r["grad_norm"]) for r in read_jsonl(RunDir(self.dir).metrics)]
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_jsonl(RunDir(self.dir).events) if event["type"] == kind]
-
-    def samples(self) -> list[int]:
-        """Those that were trained on, in all starts of the run together."""
-        texts = [path.read_text() for path in self.dir.glob("samples-*.jsonl")]
-        return sorted(number for text in texts for line in text.splitlines() for number in json.loads(line))
-
-    def words(self) -> str:
-        logs = [path for path in self.dir.glob("logs/*") if path.is_file()]
-        return "".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in sorted(logs))
+STEPS = 10 * (EVERY + 2 * counted.AHEAD)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, slurm_cluster: SlurmCluster) -> list[tuple[Any, ...]]:
     """The numbers of STEPS steps on the local back end, at the same world size."""
-    run = Run(slurm_cluster, tmp_path_factory.mktemp("undisturbed"), STEPS)
-    run.launch("--backend", "local", step_s=0.0)
+    run = Run(slurm_cluster, tmp_path_factory.mktemp("undisturbed"), STEPS, dropout=0.1)
+    run.launch("--backend", "local", "checkpoint.every=1000", step_s=0.0)
     return run.numbers()
 
 
 @pytest.fixture
 def run(tmp_path: Path, slurm: SlurmCluster) -> Callable[..., Run]:
-    return lambda steps, **cluster: Run(slurm, tmp_path / "stopped", steps, **cluster)
+    return lambda steps, **cluster: Run(slurm, tmp_path / "stopped", steps, dropout=0.1, **cluster)
 
 
 def stop_by_signal(run: Run) -> None:
@@ -129,6 +52,37 @@ def stop_by_step_signal(run: Run) -> None:
     run.slurm.run("scancel", "--signal=USR2", str(job))
 
 
+def stop_where_no_requeue_is_allowed(run: Run) -> None:
+    """As at a site with JobRequeue=0."""
+    (job,) = run.slurm.jobs()
+    run.slurm.run("scontrol", "update", f"JobId={job}", "Requeue=0")
+    stop_by_signal(run)
+
+
+def stop_where_scontrol_refuses(run: Run) -> None:
+    """Slurm may refuse a requeue at that very moment, for a reason that nothing told before."""
+    (run.dir / REFUSE).touch()
+    stop_by_signal(run)
+    run.wait("the refusal", lambda: not (run.dir / REFUSE).exists())
+
+
+def write_scontrol(run: Run, folder: Path) -> str:
+    """A PATH with a stand-in that refuses one requeue where a file in the run directory says so."""
+    folder.mkdir()
+    refuse = shlex.quote(str(run.dir / REFUSE))
+    (folder / "scontrol").write_text(
+        f"""#!/bin/bash
+if [ "$1" = requeue ] && rm {refuse} 2>/dev/null; then
+  echo "Requested operation is presently disabled for job $2" >&2
+  exit 1
+fi
+exec {shutil.which("scontrol")} "$@"
+"""
+    )
+    (folder / "scontrol").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 def stop_one_worker(run: Run) -> None:
     (found,) = (read_json(path) for path in run.dir.glob("control/*/status.json"))
     assert found is not None
@@ -140,14 +94,41 @@ def preempt(run: Run) -> None:
     run.slurm.submit("-pmain", "-N4", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
 
 
+def hold(run: Run, what: str) -> None:
+    """Returns when a sample that does not come is waited for; stop_and_go_on lets it go."""
+    (run.dir / f"hold-{what}").touch()
+    run.wait(f"a wait for {what}", (run.dir / f"held-{what}").exists)
+
+
+def stop_while_data_is_awaited(run: Run) -> None:
+    hold(run, "Data")
+    stop_by_step_signal(run)
+
+
+def stop_while_evaluating(run: Run) -> None:
+    hold(run, "Held")
+    preempt(run)
+
+
+def stop_while_restoring(run: Run) -> None:
+    """Twice: the second one while the workers of the next start are made."""
+    (run.dir / "hold-Model").touch()
+    stop_by_signal(run)
+    hold(run, "Model")
+    stops = len(run.events("stopping"))
+    stop_by_signal(run)
+    run.wait("the second stop", lambda: len(run.events("stopping")) > stops)
+
+
 def stop_and_go_on(run: Run, stop: Callable[[Run], None]) -> float:
     """Seconds from the stop to the next step."""
     starts = len(run.events("requeued"))
     stop(run)
     began = time.monotonic()
     run.wait("the restart", lambda: len(run.events("requeued")) > starts)
-    before = run.step
-    run.wait("the next step", lambda: run.step > before)
+    for held in run.dir.glob("hold-*"):
+        held.unlink()
+    run.wait_step(run.step + 1)
     return round(time.monotonic() - began, 1)
 
 
@@ -157,21 +138,37 @@ def stop_and_go_on(run: Run, stop: Callable[[Run], None]) -> float:
         # Preempted, Slurm requeues the job; for the other stops a new job is submitted.
         (
             {"on_stop": "resubmit", "partition": "low"},
-            [stop_by_signal, stop_by_step_signal, preempt, stop_one_worker, stop_by_signal] * 2,
+            [
+                stop_by_signal,
+                stop_by_step_signal,
+                preempt,
+                stop_one_worker,
+                stop_by_signal,
+                stop_while_data_is_awaited,
+                stop_while_evaluating,
+                stop_while_restoring,
+                preempt,
+            ],
         ),
-        ({"on_stop": "requeue", "partition": "lowgrace"}, [stop_by_signal, preempt]),
+        # Preempted, Slurm would cancel the job.
+        (
+            {"on_stop": "requeue", "partition": "lowcancel"},
+            [preempt, stop_where_no_requeue_is_allowed, stop_where_scontrol_refuses],
+        ),
     ],
     ids=["ten", "requeued"],
 )
 def test_stops_leave_no_trace(
+    tmp_path: Path,
     run: Callable[..., Run],
     undisturbed: list[tuple[Any, ...]],
     slurm_options: dict[str, str],
     stops: list[Callable[[Run], None]],
 ) -> None:
-    """One run, stopped again and again: no step is lost or done twice."""
+    """One run, stopped again and again: no step is lost or done twice, and a follower sees it all."""
     stopped = run(STEPS, slurm=slurm_options)
-    stopped.launch("--detach", step_s=0.2)
+    stopped.launch("--detach", step_s=0.2, PATH=write_scontrol(stopped, tmp_path / "bin"))
+    follower = stopped.start("logs", "--follow", "--rank", "0", str(stopped.dir))
     print(f"\nfrom a stop to the next step ({slurm_options}):")
     for number, stop in enumerate(stops, start=1):
         stopped.wait_step(number * EVERY)
@@ -179,6 +176,10 @@ def test_stops_leave_no_trace(
     stopped.wait_done()
     assert stopped.samples() == list(range(STEPS * BATCH))
     assert stopped.numbers() == undisturbed
+    assert {event["step"] for event in stopped.events("evaluated")} == set(range(EVAL_EVERY, STEPS + 1, EVAL_EVERY))
+    followed, _ = follower.communicate(timeout=HANG_S)
+    assert follower.returncode == exits.DONE
+    assert followed.count(counted.MADE) > len(stops)
 
 
 def test_scancel_is_no_stop(run: Callable[..., Run], slurm: SlurmCluster) -> None:
@@ -193,47 +194,34 @@ def test_scancel_is_no_stop(run: Callable[..., Run], slurm: SlurmCluster) -> Non
     assert "scancel" in event["reason"]
 
 
-def test_a_stop_during_setup_lines(run: Callable[..., Run], undisturbed: list[tuple[Any, ...]]) -> None:
+def test_a_stop_during_setup_lines(tmp_path: Path, run: Callable[..., Run], undisturbed: list[tuple[Any, ...]]) -> None:
     """Before any Python of ours runs: the signal is kept, the job goes back and begins again."""
-    early = run(STEPS, setup=["sleep 5"], slurm={"on_stop": "resubmit"})
+    # Setup lines are also run for the check of the targets, before there is a job.
+    setup = f'if [ -n "$SLURM_JOB_ID" ]; then touch {tmp_path}/begun; sleep 3; fi'
+    early = run(STEPS, setup=[setup], slurm={"on_stop": "resubmit"})
     early.launch("--detach", step_s=0.0)
-    (job,) = early.slurm.jobs()
-    early.slurm.wait_job(job, "RUNNING")
-    time.sleep(2)  # a job is RUNNING up to a second before its script begins
+    early.wait("the setup line", (tmp_path / "begun").exists)
     stop_by_signal(early)
     early.wait("the second start", lambda: bool(early.events("requeued")))
     early.wait_done()
     assert early.numbers() == undisturbed
 
 
-def test_slurmctld_may_die_while_a_run_trains(run: Callable[..., Run], undisturbed: list[tuple[Any, ...]]) -> None:
+def test_slurmctld_may_die_while_a_run_trains_and_ends(
+    run: Callable[..., Run], undisturbed: list[tuple[Any, ...]]
+) -> None:
     deaf = run(STEPS)
     deaf.launch("--detach", step_s=0.1)
     deaf.wait_step(10)
+    (job,) = deaf.slurm.jobs()
     deaf.slurm.stop_controller(crash=True)
-    status = [sys.executable, "-P", "-m", "dtrain.launcher.cli", "status", str(deaf.dir), "--json"]
-    environ = {**os.environ, **deaf.slurm.environ()}
-    asked = subprocess.run(status, env=environ, capture_output=True, text=True, timeout=HANG_S, check=False)
-    assert json.loads(asked.stdout)["state"] == "unknown"
+    asked = deaf.start("status", "--json", str(deaf.dir))
+    said, _ = asked.communicate(timeout=HANG_S)
+    assert json.loads(said)["state"] == "unknown"
     assert asked.returncode == exits.UNKNOWN
     deaf.wait_step(deaf.step + 20)
-    deaf.slurm.start_controller()
     deaf.wait_done()
+    deaf.slurm.start_controller()
+    deaf.slurm.wait_job(job, "COMPLETED")
     assert deaf.numbers() == undisturbed
     assert deaf.events("requeued") == []
-
-
-@pytest.mark.parametrize("lost", ["node1", "node2"], ids=["batch-host", "other"])
-def test_a_lost_node_is_done_without(run: Callable[..., Run], slurm: SlurmCluster, lost: str) -> None:
-    """Either Slurm is faster, or the run is; it ends right in both cases."""
-    hit = run(60)
-    hit.launch("--detach")
-    hit.wait_step(12)
-    slurm.kill_node(lost)
-    began, before = time.monotonic(), hit.step
-    slurm.wait_state(lost, "down", "down*")
-    noticed_s = time.monotonic() - began
-    hit.wait("the next step", lambda: hit.step > before + 2)
-    print(f"\nfrom kill to next step {time.monotonic() - began:.1f} s; Slurm knew of it after {noticed_s:.1f} s")
-    hit.wait_done()
-    assert [number for number, *_ in hit.numbers()] == list(range(1, 61))

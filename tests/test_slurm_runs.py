@@ -1,5 +1,5 @@
-"""Whole runs on a real Slurm of four nodes: by launch, by plain sbatch and inside an allocation, as root and as an
-ordinary user; nothing that a person writes is changed on its way, and no secret is left anywhere."""
+"""Whole runs on a real Slurm of four nodes: by launch and by plain sbatch, as root and as an ordinary user; nothing
+that a person writes is changed on its way, and no secret is left anywhere."""
 
 from __future__ import annotations
 
@@ -9,24 +9,18 @@ import json
 import os
 import re
 import shlex
-import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-
 from ordinary import python_of
 from slurmcluster import SlurmCluster
-
-from dtrain.cluster import exits
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -82,12 +76,12 @@ class Desk:
         (folder / "toy.py").write_text(TOY)
         (folder / "toy.yaml").write_text(CONFIG)
 
-    def start(self, *words: str, env: dict[str, str] | None = None, inside: dict[str, str] | None = None) -> Popen:
-        """`inside`: the variables of an allocation. A dry run's artefact is alone on standard output."""
+    def start(self, *words: str, env: dict[str, str] | None = None) -> Popen:
+        """A dry run's artefact is alone on standard output."""
         argv, environ, _ = self.slurm.command(*self.dtrain(*words), as_user=self.user)
         own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.Popen(
-            argv, cwd=self.folder, env={**environ, **own, **(inside or {}), **(env or {})}, text=True,
+            argv, cwd=self.folder, env={**environ, **own, **(env or {})}, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if "--dry-run" in words else subprocess.STDOUT,
         )  # fmt: skip
@@ -95,11 +89,8 @@ class Desk:
     def dtrain(self, *words: str) -> list[str]:
         return [str(self.python), "-P", "-m", "dtrain.launcher.cli", *words]
 
-    def run(self, *words: str, inside: dict[str, str] | None = None, code: int = 0) -> str:
-        process = self.start(*words, inside=inside)
-        said, _ = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == code, said
-        return said
+    def run(self, *words: str) -> str:
+        return finish(self.start(*words))
 
     def seen(self, ranks: int) -> list[dict[str, object]]:
         return [json.loads((self.folder / f"seen-{rank}.json").read_text()) for rank in range(ranks)]
@@ -162,34 +153,6 @@ def slurm_job(desk: Desk, *words: str) -> int:
     environ = {**os.environ, **desk.slurm.environ(), "OMP_NUM_THREADS": "1"}
     argv = ["sbatch", "--parsable", *words]
     return int(subprocess.run(argv, cwd=desk.folder, env=environ, capture_output=True, text=True, check=True).stdout)
-
-
-def test_three_launches_in_one_allocation_one_interrupted(root_desk: Desk, allocation: dict[str, str]) -> None:
-    """It stays as usable as it was, and what is stopped was saved."""
-    desk = root_desk
-    desk.run("launch", "--name", "one", "toy.yaml", inside=allocation)
-    assert [seen["host"] for seen in desk.seen(2)] == desk.slurm.nodes[:2]
-    launch = ("launch", "--name", "two", "toy.yaml", "train.steps=500", "data.train.pause=0.01")
-    with desk.start(*launch, inside=allocation) as process:
-        until(lambda: (metrics := desk.folder / "runs" / "two" / "metrics.jsonl").exists() and metrics.stat().st_size)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == exits.STOPPED, said
-    stopped = int(re.findall(r"stopped at step (\d+) of 500", said)[0])
-    said = desk.run(*launch, f"train.steps={stopped + 3}", inside=allocation)
-    assert f"continues from step {stopped}" in said
-    assert desk.slurm.run("squeue", "-h", "-o", "%A %T").stdout.split() == [allocation["SLURM_JOB_ID"], "RUNNING"]
-
-
-@pytest.fixture
-def allocation(slurm: SlurmCluster, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The variables of a shell in `salloc -N2`."""
-    argv, environ, _ = slurm.command("salloc", "-N2", "bash", "-c", "env -0 >salloc.tmp; mv salloc.tmp salloc; read")
-    with subprocess.Popen(argv, env=environ, cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as shell:
-        until((tmp_path / "salloc").exists)
-        pairs = (tmp_path / "salloc").read_text().split("\0")
-        yield dict(pair.split("=", 1) for pair in pairs if pair.startswith("SLURM"))
-        shell.communicate(b"\n", timeout=LIMIT_S)
 
 
 @pytest.mark.parametrize("way", ["launch", "the dry run's script"])

@@ -9,18 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from slurmcluster import SlurmCluster
 
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.slurmconfig import SlurmConfig
 from dtrain.launcher.doctor import scheduler
+from dtrain.launcher.doctor.finding import Finding
 from dtrain.slurm.options import directive, log_pattern
 from dtrain.slurm.records import SlurmVersion, parse_scontrol, parse_version
 from dtrain.slurm.script import render_by_hand, render_script
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-
-from slurmcluster import SlurmCluster
 
 pytestmark = pytest.mark.slow
 
@@ -93,24 +91,28 @@ def test_the_log_lands_in_the_run_directory(slurm: SlurmCluster, folder: Path, n
     assert log.read_text().startswith(f"job {job} (node1): ")
 
 
+def of_slurm() -> list[Finding]:
+    return [found for found in scheduler.examine() if found.name == "slurm"]
+
+
 def test_doctor_sees_it(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in slurm.environ().items():
         monkeypatch.setenv(name, value)
-    (found,) = scheduler.examine()
+    (found,) = of_slurm()
     assert found.level == "ok"
     assert "is UP" in found.found
     version = parse_version(slurm.run("sbatch", "--version").stdout)
     assert version is not None
     assert found.found.startswith(f"{version}, ")
     monkeypatch.setattr(scheduler, "OLDEST", SlurmVersion(99, 11))
-    (found,) = scheduler.examine()
+    (found,) = of_slurm()
     assert (found.level, found.found) == ("warn", str(version))
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "nothing"))
-    (found,) = scheduler.examine()
+    (found,) = of_slurm()
     assert found.level == "warn"
     assert "does not answer" in found.found
 
 
 def test_doctor_says_nothing_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert list(scheduler.examine()) == []
+    assert of_slurm() == []

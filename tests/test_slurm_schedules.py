@@ -1,17 +1,15 @@
 """100 random schedules against a real Slurm: clients killed at any moment, commands of Slurm that fail, hang or lose
-their answers, slurmctld stopped and hung, two launches at once, run directories used again, cancels in between. When
-things calm down no Slurm job is without its run, none is doubled, and no run was ever taken for gone while it lived.
+their answers, slurmctld stopped and hung, two launches at once, run directories used again, cancels in between. Some of
+them drive whole command lines, `dtrain launch cfg.yaml` and the like, the others what these ask and write. When things
+calm down no Slurm job is without its run, none is doubled, and no run was ever taken for gone while it lived.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
+import re
 import threading
 import time
 from collections import Counter
@@ -22,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
+from clients import Client, Clients
 from slurmfaults import FAULTS, write_sleeper, write_wrappers
 
 from dtrain.slurm.records import JobRecord, parse_scontrol
@@ -35,51 +32,9 @@ ASSETS = Path(__file__).parent / "assets"
 SCHEDULES = int(os.environ.get("DTRAIN_SLURM_SCHEDULES", "100"))
 SEED = int(os.environ.get("DTRAIN_SLURM_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
 AT_ONCE = 20
+WHOLE = 10  # every so many-th schedule drives whole command lines
 JOB_S = 900.0  # longer than the test: a job that ends by itself proves nothing
 OVER = ("failed", "stopped", "cancelled", "done")
-
-
-class Clients:
-    """Starts them quickly: tests/assets/slurmclient.py."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._lock = threading.Lock()
-        self._count = 0
-        self._server = subprocess.Popen(
-            [sys.executable, str(ASSETS / "slurmclient.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def start(self, words: tuple[str, ...], environ: dict[str, str]) -> Client:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        with self._lock:
-            self._count += 1
-            output = self._folder / f"client-{self._count}"
-            request = {"words": words, "environ": environ, "output": str(output)}
-            print(json.dumps(request), file=self._server.stdin, flush=True)
-            return Client(int(self._server.stdout.readline()), output)
-
-    def close(self) -> None:
-        self._server.communicate()
-
-
-@dataclass
-class Client:
-    pid: int
-    output: Path
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self) -> str:
-        """What it said."""
-        deadline = time.monotonic() + 120
-        while Path(f"/proc/{self.pid}").exists():
-            assert time.monotonic() < deadline, f"client {self.pid} hangs: {self.output.read_text()}"
-            time.sleep(0.02)
-        return self.output.read_text().strip() if self.output.exists() else ""
 
 
 @dataclass
@@ -88,10 +43,15 @@ class Schedule:
     seed: int
     run_dir: Path
     python: str
+    config: Path  # of a run whose job only sleeps
     wrappers: Path
     clients: Clients
     log: list[str] = field(default_factory=list)
     said_over: dict[str, str] = field(default_factory=dict)  # job id -> the state in which it was first called over
+
+    @property
+    def is_whole(self) -> bool:
+        return self.number % WHOLE == 0
 
     def play(self) -> None:
         rng = random.Random(self.seed)
@@ -111,11 +71,16 @@ class Schedule:
                 self.look(rng, faulty=True)
 
     def look(self, rng: random.Random, *, faulty: bool) -> dict[str, object]:
-        said = self._wait(self._start(rng, "status", faulty=faulty)).splitlines()
-        status = json.loads(said[0]) if said and said[0].startswith("{") else {}
+        said = self._wait(self._start(rng, "status", faulty=faulty))
+        found = re.search(r"^{.*}$", said, re.MULTILINE)
+        status = json.loads(found[0]) if found else {}
         if status.get("state") in OVER:
             self.said_over.setdefault(str(status["job_id"]), f"{status['state']}: {status['reason']}")
         return dict(status)
+
+    def launch_in_calm(self) -> None:
+        """So that Slurm has accepted a job of whole command lines at least once, whatever the storm did."""
+        self._wait(self._start(random.Random(0), "launch", faulty=False))
 
     def settle(self) -> dict[str, object]:
         """The state after the storm, when Slurm answers and nothing is on its way any more."""
@@ -139,10 +104,16 @@ class Schedule:
         faults = " ".join(f"{key}={value}" for key, value in environ.items())
         self.log.append(f"{time.strftime('%H:%M:%S')} {action} {faults}")
         environ["PATH"] = f"{self.wrappers}:{os.environ['PATH']}" if environ else os.environ["PATH"]
-        return self.clients.start((action, str(self.run_dir), self.python), environ)
+        words = self._command_line(action) if self.is_whole else (action, str(self.run_dir), self.python)
+        return self.clients.start(words, environ, whole=self.is_whole)
+
+    def _command_line(self, action: str) -> tuple[str, ...]:
+        if action == "launch":
+            return ("launch", "--detach", "--run-dir", str(self.run_dir), str(self.config))
+        return (action, {"status": "--json", "cancel": "--grace=20"}[action], str(self.run_dir))
 
     def _kill(self, rng: random.Random, client: Client) -> None:
-        time.sleep(rng.uniform(0.0, rng.choice((0.15, 0.5, 2.0))))
+        time.sleep(rng.uniform(0.0, rng.choice((2.0, 4.0, 8.0) if self.is_whole else (0.15, 0.5, 2.0))))
         client.kill()
         self.log.append("  killed")
         self._wait(client)
@@ -185,17 +156,25 @@ def _storm(slurm: SlurmCluster, rng: random.Random, calm: threading.Event) -> No
         slurm.start_controller()
 
 
+def write_config(folder: Path, python: str) -> Path:
+    folder.mkdir()
+    (folder / "train.py").write_text("print(1)\n")
+    (folder / "cfg.yaml").write_text(f"script: train.py\ncluster: {{backend: slurm, python: {python}}}\n")
+    return folder / "cfg.yaml"
+
+
 @pytest.fixture
 def schedules(slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
     for name, value in slurm.environ().items():
         monkeypatch.setenv(name, value)
     python = write_sleeper(tmp_path / "sleeper", JOB_S)
+    config = write_config(tmp_path / "whole", python)
     wrappers = write_wrappers(tmp_path / "faults")
     clients = Clients(tmp_path)
     # Every fifth takes the directory, and the name, of the one five before it.
     places = [number - 5 if number % 5 == 4 and number > 5 else number for number in range(SCHEDULES)]
     yield [
-        Schedule(number, SEED + number, tmp_path / f"run-{place}", python, wrappers, clients)
+        Schedule(number, SEED + number, tmp_path / f"run-{place}", python, config, wrappers, clients)
         for number, place in enumerate(places)
     ]
     clients.close()
@@ -222,6 +201,7 @@ def test_no_schedule_loses_or_doubles_a_job(
         storm.join()
     slurm.start_controller()
     played_s = time.monotonic() - began_at
+    schedules[0].launch_in_calm()
     with ThreadPoolExecutor(4) as pool:
         ends = list(pool.map(Schedule.settle, schedules))
     time.sleep(1.0)  # what was cancelled on sight is gone
@@ -229,10 +209,13 @@ def test_no_schedule_loses_or_doubles_a_job(
     judged = {schedule.number: _judge(schedule, end, jobs) for schedule, end in zip(schedules, ends, strict=True)}
     failures = {number: wrong for number, wrong in judged.items() if wrong}
     with capsys.disabled():
-        accepted = len({job.command for job in jobs if "/control/" in job.command})
+        accepted = {job.command.partition("/control/")[0] for job in jobs if "/control/" in job.command}
+        by_command_line = {str(schedule.run_dir) for schedule in schedules if schedule.is_whole} & accepted
         print(
-            f"{len(schedules)} schedules in {played_s:.0f} s, {accepted} jobs accepted, {len(failures)} schedules wrong"
+            f"{len(schedules)} schedules in {played_s:.0f} s, jobs in {len(accepted)} run directories, "
+            f"{len(by_command_line)} of whole command lines; {len(failures)} schedules wrong"
         )
     for number, wrong in failures.items():
         print(f"schedule {number}: {wrong}", *schedules[number].log, sep="\n  ")
     assert not failures
+    assert by_command_line, "\n".join(schedules[0].log)

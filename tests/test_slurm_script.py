@@ -273,11 +273,15 @@ def test_a_thousand_nodes_render_quickly(names: str, capsys: pytest.CaptureFixtu
     ]
     slurm = SlurmConfig(nodelist=",".join(nodes), exclude=",".join(f"x{name}" for name in nodes))
     plan = replace(PLAN, nodes=1000, procs_per_node=8, gpus_per_node=8, slurm=slurm)
-    render(plan)
-    started = time.perf_counter()
     text = render(plan)
-    took_ms = 1000 * (time.perf_counter() - started)
+
+    def took_ms() -> float:
+        began = time.process_time()
+        render(plan)
+        return 1000 * (time.process_time() - began)
+
+    least_ms = min(took_ms() for _ in range(5))
     with capsys.disabled():
-        print(f"\n{names}: 1,000 nodes rendered in {took_ms:.1f} ms")
-    assert took_ms < 500  # 10 to 20 on a machine that does nothing else; 50 are allowed
+        print(f"\n{names}: 1,000 nodes rendered in {least_ms:.1f} ms")
+    assert least_ms < 50
     assert f"--nodelist={compress(nodes)}" in text.replace('"', "")

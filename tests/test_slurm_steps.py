@@ -14,16 +14,18 @@ import pytest
 
 from dtrain.cluster import exits
 from dtrain.cluster.configfile import DEFAULT
+from dtrain.cluster.deaths import count_death
 from dtrain.cluster.errors import UsageError
 from dtrain.cluster.jobplan import ClusterConfig, JobPlan
 from dtrain.cluster.ports import listening_socket, ports_of_no_connection
-from dtrain.cluster.rundir import Control, RunDir, read_json, read_jsonl
+from dtrain.cluster.rundir import Control, RunDir, read_json, read_jsonl, write_atomic
 from dtrain.cluster.slurmconfig import SlurmConfig
 from dtrain.launcher.inside import fit
-from dtrain.slurm.deaths import count_death
+from dtrain.slurm import stopping
 from dtrain.slurm.driver import begin
 from dtrain.slurm.jobenv import SlurmJob, fewest_cpus, slurm_job, step_environ, worker_environ
 from dtrain.slurm.owner import Owner, claim, newest_owner, note_submission, slurm_job_id
+from dtrain.slurm.records import JobRecord
 from dtrain.slurm.steps import Traces, agent_script, last_words, start_step, step_argv
 
 BATCH = {
@@ -131,13 +133,18 @@ def test_one_agent_a_node(tmp_path: Path) -> None:
     assert "--overlap" not in argv
     wanted = {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=36", "--cpu-bind=none", "--no-kill"}
     assert wanted | {"--kill-on-bad-exit=0", "--nodelist=node1,gpu-a", "--export=ALL"} <= set(argv)
-    again = step_argv(a_plan(tmp_path), ["gpu-a"], 36, node_rank=2, overlap=True)
+    again = step_argv(a_plan(tmp_path), ["gpu-a"], 36, ranks=[2], overlap=True)
     assert {"--overlap", "--nodes=1", "--nodelist=gpu-a"} <= set(again)
     assert again[-1] == "2"
 
 
 @pytest.mark.parametrize(
-    ("given", "environ", "rank"), [([], {"SLURM_NODEID": "2"}, "2"), (["1"], {"SLURM_NODEID": "0"}, "1")]
+    ("given", "environ", "rank"),
+    [
+        ([], {"SLURM_NODEID": "2"}, "2"),
+        (["1"], {"SLURM_NODEID": "0"}, "1"),
+        (["0", "2"], {"SLURM_NODEID": "1"}, "2"),  # node 1 is left out
+    ],
 )
 def test_a_task_knows_its_node_rank_and_where_to_log(
     tmp_path: Path, given: list[str], environ: dict[str, str], rank: str
@@ -186,13 +193,13 @@ def test_a_requeue_goes_on_with_what_is_known_of_the_run(tmp_path: Path, control
     assert control.incarnation.read_text() == "1"
     assert not list(read_jsonl(RunDir(plan.run_dir).events))
     ended(control, exits.STOPPED)
-    memory = {"attempt": 4, "running": False, "stuck": 2, "skip": [[3, 1]], "stop": "stop"}
+    memory = {"attempt": 4, "running": False, "stuck": 2, "skip": [[3, 1]], "stop": "stop", "suspect": 2}
     (control.path / "memory.json").write_text(json.dumps(memory))
     control.node(0).write_text("{}")
     assert begin(plan, owned(control, SLURM_RESTART_COUNT="1")) is None
     assert not control.ended.exists()
     assert (read_json(control.path / "ended-0001.json") or {})["step"] == 7
-    assert read_json(control.path / "memory.json") == {**memory, "stop": None}
+    assert read_json(control.path / "memory.json") == {**memory, "stop": None, "suspect": None, "strikes": 0}
     assert not control.node(0).exists(), "its process is of another start, perhaps of another machine"
     assert control.incarnation.read_text() == "2"
     (event,) = read_jsonl(RunDir(plan.run_dir).events)
@@ -231,9 +238,9 @@ def test_a_taken_port_is_passed_over_wherever_the_search_begins() -> None:
 
 
 def test_deaths_count_until_a_new_step(control: Control) -> None:
-    assert [count_death(control), count_death(control)] == [1, 2]
+    assert [count_death(control, "x"), count_death(control, "x")] == [1, 2]
     (control.path / "memory.json").write_text(json.dumps({"reached": 5, "committed": 0}))
-    assert [count_death(control), count_death(control)] == [1, 2]
+    assert [count_death(control, "x"), count_death(control, "x")] == [1, 2]
 
 
 def test_agents_whose_status_moves_are_alive_whatever_slurm_says(tmp_path: Path, control: Control) -> None:
@@ -289,3 +296,21 @@ def test_an_agent_of_an_earlier_start_ends(tmp_path: Path, control: Control) -> 
     assert "the job was started anew; node 0 of its earlier start ends" in agent.stderr
     assert not control.node(0).exists()
     assert not control.coordinator(1).exists()
+
+
+def test_a_worker_that_hangs_does_not_hold_the_job_until_slurm_ends_it(
+    tmp_path: Path, control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_000_000.0
+    write_atomic(control.coordinator(1), json.dumps({"incarnation": 1}))
+    running = JobRecord(job_id=17, state="RUNNING", ends_at=now + 100)
+    monkeypatch.setattr(stopping, "look", lambda job: running)
+    clock = iter([now, now + 71, now + 85, now + 89])
+    stopper = stopping.Stopper(a_plan(tmp_path / "run"), "17", 1, [], clock=lambda: next(clock))
+    seen = []
+    for _ in range(4):
+        stopper.poll()
+        seen.append((control.stop(1).exists(), control.ended.exists()))
+    assert seen == [(False, False), (True, False), (True, False), (True, True)]
+    ended = json.loads(control.ended.read_text())
+    assert (ended["state"], ended["exit_code"]) == ("stopped", exits.STOPPED)

@@ -119,19 +119,23 @@ def test_a_record_tells_of_preemption_and_excluded_nodes() -> None:
 def test_a_node_that_fails_twice_is_excluded_with_its_reason(tmp_path: Path) -> None:
     control = RunDir(tmp_path).control("j")
     control.path.mkdir(parents=True)
-    note_bad(control, ["node3"], "can't be reached", 1)
-    note_bad(control, ["node3"], "did not join", 1)
+    note_bad(control, "node3", "can't be reached", 1)
+    note_bad(control, "node3", "did not join", 1)
     known = bad_nodes(control)
     assert lost_in(known, 1) == "node3: can't be reached", "once a start"
     assert lost_in(known, 2) == ""
     assert excluded(known, ["node9"], 5) == ["node9"]
     assert note_text(known) == ""
-    note_bad(control, ["node3"], "did not join", 2)
+    note_bad(control, "node3", "did not join", 2)
     known = bad_nodes(control)
     assert excluded(known, ["node9"], 5) == ["node9", "node3"]
     assert excluded(known, ["node3"], 1) == ["node3"], "what we asked Slurm for before is not the user's wish"
     assert excluded(known, [], 0) == [], "better a bad node than none"
     assert note_text(known) == "without node3, which failed 2 times: did not join"
+    note_bad(control, "node5", "failed 2 times in a row", 2, alive=True)
+    assert excluded(bad_nodes(control), [], 5) == ["node3", "node5"]
+    note_bad(control, "node4", "can't be reached", 3, went_on=True)
+    assert lost_in(bad_nodes(control), 3) == "", "the job has gone on with the others; its end has another reason"
 
 
 def test_saves_are_measured_as_they_come(tmp_path: Path) -> None:

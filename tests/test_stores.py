@@ -4,7 +4,6 @@ through obstore and through s3fs."""
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 import uuid
@@ -14,13 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from s3servers import S3Server, moto, rclone
 
 from dtrain.cluster.errors import AlreadyExists, StorageError
 from dtrain.cluster.storage import Storage, open_storage
 from dtrain.runtime.stores.limits import MIB
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-from s3servers import S3Server, moto, rclone
 
 KINDS = ("file", "memory", "moto", "moto-s3fs", "rclone", "rclone-s3fs")
 BUCKET = "checkpoints"

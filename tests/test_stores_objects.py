@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3servers import S3Server, environment, moto, rclone
 
 from dtrain.cluster.errors import AlreadyExists, StorageError, UsageError
 from dtrain.cluster.storage import open_storage
@@ -27,9 +27,6 @@ from dtrain.runtime.stores.client import ObjectClient
 from dtrain.runtime.stores.limits import MIB, Limits
 from dtrain.runtime.stores.objects import ObjectStorage
 from dtrain.runtime.stores.place import parse_place
-
-sys.path.insert(0, str(Path(__file__).parent / "assets"))
-from s3servers import S3Server, environment, moto, rclone
 
 pytestmark = pytest.mark.slow
 
@@ -281,15 +278,14 @@ def test_uploads_that_were_left_behind_are_aborted(emulator: S3Server, url: str)
     client.abort_multipart_upload(Bucket=BUCKET, Key=left[0]["Key"], UploadId=left[0]["UploadId"])
 
 
-DIES = """
-import os, signal, sys, time
+WRITES_ON = """
+import sys, time
 from dtrain.cluster.storage import open_storage
 
 def parts():
     for _ in range(3):
         yield memoryview(bytes(16 << 20))
-    time.sleep(1)  # the first parts arrive
-    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
 
 open_storage(sys.argv[1]).upload("step-1/a", parts(), 64 << 20)
 """
@@ -297,8 +293,15 @@ open_storage(sys.argv[1]).upload("step-1/a", parts(), 64 << 20)
 
 def test_a_writer_that_is_killed_leaves_nothing_to_be_seen(emulator: S3Server, url: str) -> None:
     with emulator.environment():
-        died = subprocess.run([sys.executable, "-c", DIES, url], check=False)
-        assert died.returncode == -signal.SIGKILL
+        writer = subprocess.Popen([sys.executable, "-c", WRITES_ON, url])
+        try:
+            where = {"Bucket": BUCKET, "Prefix": url.partition(f"{BUCKET}/")[2]}
+            while "Uploads" not in emulator.client().list_multipart_uploads(**where):
+                assert writer.poll() is None
+                time.sleep(0.05)
+        finally:
+            writer.kill()
+            writer.wait()
         store = open_storage(url)
         assert list(store.list("")) == []
         assert store.list_dirs("") == []

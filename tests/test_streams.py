@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,22 +22,15 @@ from dtrain.runtime.batches import Batches
 from dtrain.runtime.config import DataConfig, RunConfig
 from dtrain.runtime.data import DataError, count_samples
 from dtrain.runtime.order import dealt_positions, keeps_state, num_micro_batches, samples_used, streams_of
-from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.sources import evaluation_source, training_source
 from dtrain.runtime.targetconfig import Target
+from dtrain.strategies.degrees import DataRank, Degrees
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 3, 8, 2, 6, 4, 7]
 KINDS = ["Files", "Sharded", "Rows"]
 Sample = tuple[int, ...]
 Seen = list[list[Sample]]  # of each step: the samples of the ranks together, sorted
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _assets() -> Any:
-    sys.path.insert(0, str(Path(__file__).parent / "assets"))
-    yield
-    sys.path.remove(str(Path(__file__).parent / "assets"))
 
 
 def never() -> bool:
@@ -51,8 +43,12 @@ def config(kind: str, *, eval_kind: str = "", kwargs: dict[str, Any] | None = No
 
     settings: dict[str, Any] = {"batch_size": 6, "streams": 4} | data
     section = DataConfig(train=target(kind), eval=target(eval_kind) if eval_kind else None, **settings)
-    train = SimpleNamespace(seed=3, steps=1000, micro_batch=2)
+    train = SimpleNamespace(seed=3, steps=1000, micro_batch=2, exact=None)
     return cast(RunConfig, SimpleNamespace(data=section, train=train))
+
+
+def data_rank(rank: int, world_size: int) -> DataRank:
+    return Degrees(replicate=world_size).data_rank(rank)
 
 
 class Job:
@@ -66,7 +62,14 @@ class Job:
         self.step = step
         self.lines: list[str] = []
         for rank in range(world_size):
-            source, self.lines = training_source(run, self.ranks(rank, world_size), step, place or {}, never)
+            source, self.lines = training_source(
+                run,
+                data_rank(rank, world_size),
+                step,
+                place or {},
+                gather=self.gather,
+                stop_requested=never,
+            )
             self.batches.append(
                 Batches(
                     source,
@@ -79,15 +82,10 @@ class Job:
                 )
             )
 
-    def ranks(self, rank: int, world_size: int) -> Ranks:
-        ranks = Ranks.__new__(Ranks)
-        ranks.global_rank, ranks.world_size, ranks.device = rank, world_size, CPU
-        vars(ranks)["gather"] = self.gather
-        return ranks
-
     def gather(self, said: bytes) -> list[bytes]:
+        """On rank 0, which is asked last, what all said; nothing elsewhere."""
         self.said.append(said)
-        return self.said
+        return self.said if len(self.said) == len(self.batches) else []
 
     def __enter__(self) -> Job:
         return self
@@ -241,11 +239,9 @@ def test_dealing(first: int, size: int, world_size: int, num_streams: int, micro
 
 def passes(run: RunConfig, world_size: int, workers: int = 0) -> list[list[Any]]:
     """Each rank's samples of one pass, after an earlier one that was left in the middle."""
-    job = SimpleNamespace(said=[])
     seen = []
     for rank in range(world_size):
-        ranks = Job.ranks(cast(Job, SimpleNamespace(gather=lambda said: job.said)), rank, world_size)
-        make = evaluation_source(run, ranks, never)
+        make = evaluation_source(run, data_rank(rank, world_size), never)
         assert make is not None
         for steps in (2, None):
             source = make()
@@ -350,8 +346,8 @@ def test_a_stop_is_seen_while_samples_are_skipped() -> None:
         job.run(5)
         place = job.place()
     asked = iter([False] * 4)
-    ranks = Job.ranks(job, 0, 1)
-    source, _ = training_source(run, ranks, 5, place, lambda: next(asked, True))
+    rank = data_rank(0, 1)
+    source, _ = training_source(run, rank, 5, place, gather=job.gather, stop_requested=lambda: next(asked, True))
     with Batches(source, start_step=5, steps=9, collate=None, count=count_samples, workers=0, device=CPU) as batches:
         assert batches.next(6, never) is None
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-from mlflow.tracking import MlflowClient
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dtrain.cluster.errors import ConfigError
 from dtrain.cluster.rundir import RunDir, read_json, read_jsonl
@@ -27,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 ASSETS = Path(__file__).parent / "assets"
 DTRAIN = Path(sys.executable).parent / "dtrain"
+NEEDS = "needs the trackers: pip install 'dtrain[tensorboard,mlflow]'"
 
 
 @pytest.fixture
@@ -51,16 +50,27 @@ def attempt(run: RunDir, trackers: Sequence[str], *, start: int, end: int, add: 
     return said
 
 
-def scalars(run: RunDir, tag: str) -> list[tuple[int, float]]:
-    reader = EventAccumulator(str(run.path / "tensorboard"))
+def events(run: RunDir) -> Any:
+    """By TensorBoard's own reader. Imports of trackers take seconds: only where they are used."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason=NEEDS)
+    reader = accumulator.EventAccumulator(str(run.path / "tensorboard"))
     reader.Reload()
+    return reader
+
+
+def mlflow_client(uri: str) -> Any:
+    return pytest.importorskip("mlflow.tracking", reason=NEEDS).MlflowClient(uri)
+
+
+def scalars(run: RunDir, tag: str) -> list[tuple[int, float]]:
+    reader = events(run)
     return [(event.step, event.value) for event in reader.Scalars(tag)]
 
 
 def history(run: RunDir, key: str) -> list[tuple[int, float]]:
     record = read_json(run.path / "mlflow.json")
     assert record is not None
-    found = MlflowClient(record["tracking_uri"]).get_metric_history(record["run_id"], key)
+    found = mlflow_client(record["tracking_uri"]).get_metric_history(record["run_id"], key)
     return sorted((metric.step, metric.value) for metric in found)
 
 
@@ -68,8 +78,7 @@ def test_tensorboard_shows_what_a_later_attempt_made_of_a_step(run: RunDir) -> N
     assert attempt(run, ["tensorboard"], start=0, end=6) == []
     attempt(run, ["tensorboard"], start=4, end=9, add=0.5)
     assert scalars(run, "loss") == [(1, 1), (2, 2), (3, 3), (4, 4), *((step, step + 0.5) for step in range(5, 10))]
-    reader = EventAccumulator(str(run.path / "tensorboard"))
-    reader.Reload()
+    reader = events(run)
     assert scalars(run, "eval/loss") == [(2, -2), (4, -4), (6, -6), (8, -8)]
     assert set(reader.Tags()["scalars"]) == {"loss", "lr", "eval/loss"}, "a gradient norm of nan is no point"
     assert b"name: tracked" in reader.Tensors("config")[0].tensor_proto.string_val[0]
@@ -82,7 +91,7 @@ def test_mlflow_has_one_run_and_each_step_once(run: RunDir) -> None:
     assert history(run, "eval/loss") == [(2, -2.0), (4, -4.0), (6, -6.0), (8, -8.0)]
     record = read_json(run.path / "mlflow.json")
     assert record is not None
-    client = MlflowClient(record["tracking_uri"])
+    client = mlflow_client(record["tracking_uri"])
     (found,) = client.search_runs(["0"])
     assert found.info.run_id == record["run_id"]
     assert (found.info.run_name, found.info.status) == ("tracked", "FINISHED")
@@ -171,8 +180,7 @@ def test_a_run_that_is_killed_and_relaunched_shows_each_step_once(tmp_path: Path
     command = [str(DTRAIN), "launch", "--run-dir", str(run.path), str(config_file(tmp_path, "[tensorboard, mlflow]"))]
     launched = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until_step(run, 25, launched)
-    status = json.loads(subprocess.check_output([DTRAIN, "status", "--json", run.path]))
-    os.kill(next(w["pid"] for w in status["workers"] if w["global_rank"] == 0), signal.SIGKILL)  # beside its tracker
+    os.kill(worker(run, 0), signal.SIGKILL)  # beside its tracker
     until_step(run, 35, launched)
     launched.send_signal(signal.SIGINT)
     output, _ = launched.communicate(timeout=800)
@@ -185,6 +193,12 @@ def test_a_run_that_is_killed_and_relaunched_shows_each_step_once(tmp_path: Path
     assert [step for step, _ in scalars(run, "eval/loss")] == [20, 40, 60]
     assert [step for step, _ in history(run, "eval/loss")] == [20, 40, 60]
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(run.path) in " ".join(p.info["cmdline"] or [])]
+
+
+def worker(run: RunDir, global_rank: int) -> int:
+    """Its pid, from the file: `dtrain status` takes as long to start as some steps."""
+    status = read_json(run.control(json.loads(run.job.read_text())["job_id"]).status) or {}
+    return next(int(found["pid"]) for found in status["workers"] if found["global_rank"] == global_rank)
 
 
 def until_step(run: RunDir, step: int, launched: subprocess.Popen[str]) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    with rank_runner() as run_case:
-        yield run_case
+def run() -> Run:
+    return rank_runner()
 
 
 def prepare(folder: Path, *overrides: str, base: dict[str, Any] = BASE) -> Path:

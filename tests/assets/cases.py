@@ -1,16 +1,20 @@
 """The parity case as run directories, and real workers over them without agents: what tests of layouts and precisions
-share. The workers are rank_runner.py's."""
+share. The workers are rank_runner.py's, forks of one rank_parent.py."""
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from dtrain.launcher.compose import dump_resolved, load_config
 
@@ -28,53 +32,82 @@ PARITY: dict[str, Any] = {
 }
 
 
-@contextlib.contextmanager
-def rank_runner(environ: dict[str, str] | None = None, *, preload: Sequence[str] = ()) -> Iterator[Run]:
-    """run(run_dir, world_size, ...) -> exit codes; one process, which imports torch and `preload` once."""
-    with _answering("rank_runner.py", preload, environ) as answer:
-
-        def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
-            return answer({"run_dir": str(run_dir), "world_size": world_size, **more})
-
-        yield run_case
+def needs(package: str, reason: str, *, module: bool = False) -> None:
+    """Skips the test, or with `module` all of a file, where `package` is not installed. Importing it to find out
+    (pytest.importorskip) would take each test process seconds, and the ranks are other processes."""
+    if find_spec(package) is None:
+        pytest.skip(reason, allow_module_level=module)
 
 
-@contextlib.contextmanager
-def rank_functions(environ: dict[str, str] | None = None, *, module: str = "") -> Iterator[Ask]:
-    """ask("module.function", world_size, ...): what it returns on each rank; one process, which imports torch once.
-    With `module` its functions are asked for by their names alone."""
-    with _answering("rank_functions.py", (), environ) as answer:
+def rank_runner(environ: dict[str, str] | None = None, *, preload: Sequence[str] = ()) -> Run:
+    """run(run_dir, world_size, ...) -> exit codes, of ranks with `environ` that have imported `preload` already."""
 
-        def ask(call: str, world_size: int, **kwargs: Any) -> list[Any]:
-            return answer({"call": f"{module}.{call}" if module else call, "world_size": world_size, "kwargs": kwargs})
+    def run_case(run_dir: Path, world_size: int, **more: Any) -> list[int]:
+        return _parent().answer("run", preload, environ, {"run_dir": str(run_dir), "world_size": world_size, **more})
 
-        yield ask
+    _parent()
+    return run_case
 
 
-@contextlib.contextmanager
-def _answering(
-    script: str, arguments: Sequence[str], environ: dict[str, str] | None
-) -> Iterator[Callable[[dict[str, Any]], list[Any]]]:
-    """One of the two scripts beside this file: a line of JSON for a line of JSON."""
-    with subprocess.Popen(
-        [sys.executable, ASSETS / script, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        requests, answers = process.stdin, process.stdout
+def rank_functions(environ: dict[str, str] | None = None, *, module: str = "", preload: Sequence[str] = ()) -> Ask:
+    """ask("module.function", world_size, ...): what it returns on each rank. With `module` its functions are asked for
+    by their names alone."""
 
-        def answer(request: dict[str, Any]) -> list[Any]:
-            print(json.dumps(request), file=requests, flush=True)
-            found: list[Any] = json.loads(answers.readline())
-            return found
+    def ask(call: str, world_size: int, **kwargs: Any) -> list[Any]:
+        name = f"{module}.{call}" if module else call
+        return _parent().answer("ask", preload, environ, {"call": name, "world_size": world_size, "kwargs": kwargs})
 
-        yield answer
-        requests.close()
-        process.wait(30)
+    _parent()
+    return ask
+
+
+class _Parent:
+    """rank_parent.py, which forks all ranks."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, ASSETS / "rank_parent.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def answer(
+        self, do: str, preload: Sequence[str], environ: dict[str, str] | None, more: dict[str, Any]
+    ) -> list[Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"do": do, "preload": list(preload), "environ": environ or {}, **more}
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            found: list[Any] = json.loads(self._process.stdout.readline())
+        except BaseException:  # of a test that took too long, say: the next one must not get its answer
+            self.close()
+            raise
+        return found
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        """With all of its ranks."""
+        if not self.ended:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+_parents: list[_Parent] = []
+
+
+def _parent() -> _Parent:
+    """One a pytest process. Fixtures of a module start it, before a test's own time: it stays when the test ends."""
+    if not _parents or _parents[-1].ended:
+        _parents.append(_Parent())
+        atexit.register(_parents[-1].close)
+    return _parents[-1]
 
 
 def prepare(folder: Path, *overrides: str, base: dict[str, Any] = PARITY) -> Path:
@@ -105,11 +138,16 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [r["event"] for r in map(json.loads, lines) if r["type"] == "event" and r["event"]["type"] == kind]
 
 
-def failure(folder: Path, rank: int = 0) -> dict[str, Any]:
-    lines = (folder / f"report-{rank}.jsonl").read_text().splitlines()
-    (found,) = (r for r in map(json.loads, lines) if r["type"] == "failure")
-    assert isinstance(found, dict)
-    return found
+def failures(folder: Path) -> list[dict[str, Any]]:
+    """Those that ranks have reported, by rank: the first to fail may have been too quick for its peers to."""
+    reports = sorted(folder.glob("report-*.jsonl"), key=lambda path: int(path.stem.partition("-")[2]))
+    records = (json.loads(line) for report in reports for line in report.read_text().splitlines())
+    return [record for record in records if record["type"] == "failure"]
+
+
+def failure(folder: Path) -> dict[str, Any]:
+    """The first of them, of a rank that failed by itself where there is one."""
+    return min(failures(folder), key=lambda record: bool(record["victim"]))
 
 
 def worst_difference(found: list[float], wanted: list[float]) -> float:

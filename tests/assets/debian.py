@@ -21,15 +21,20 @@ class Missing(Exception):
     """A component can't start here. The message says what to install."""
 
 
-def install(what: str, packages: Sequence[str], programs: Sequence[str]) -> None:
-    """Returns at once where every one of `programs` is on the PATH. Raises Missing."""
-    if all(map(shutil.which, programs)):
+def install(what: str, packages: Sequence[str], programs: Sequence[str], libraries: Sequence[str] = ()) -> None:
+    """Returns at once where every one of `programs` is on the PATH, and every pattern of `libraries` fits a file below
+    /usr/lib. Raises Missing."""
+
+    def is_there() -> bool:
+        return all(map(shutil.which, programs)) and all(any(Path("/usr/lib").glob(file)) for file in libraries)
+
+    if is_there():
         return
     apt = shutil.which("apt-get")
     if os.geteuid() != 0 or apt is None:
         raise Missing(f"{what} needs: apt-get install --no-install-recommends {' '.join(packages)}")
     with _alone(apt), _no_services():
-        if all(map(shutil.which, programs)):
+        if is_there():
             return  # by the test process that was first
         for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *packages]):
             command = [apt, "-o", "DPkg::Lock::Timeout=300", *words]

@@ -55,6 +55,9 @@ class Schedule:
         now = random.Random(f"{self.seed} {method} {key} {count}")
         return now.choice(self.faults) if count < MOST and now.random() < self.rate else None
 
+    def read(self, fault: str | None) -> None:
+        """A request that meets `fault` has come whole, and nothing was done yet."""
+
 
 NO_FAULTS = Schedule(seed=0, rate=0.0)
 
@@ -77,7 +80,8 @@ class _Request:
 class FaultProxy:
     """Serves on its own thread until the block ends. `log` says which requests met which fault."""
 
-    def __init__(self, upstream: str, schedule: Schedule = NO_FAULTS) -> None:
+    def __init__(self, upstream: str, schedule: Schedule = NO_FAULTS, late_s: float = LATE_S) -> None:
+        self._late_s = late_s
         parts = urlsplit(upstream)
         assert parts.hostname is not None
         assert parts.port is not None
@@ -149,6 +153,7 @@ class FaultProxy:
             await self._cut_request(request, reader)
             return _reset(writer)
         body = await reader.readexactly(request.length)
+        self.schedule.read(fault)
         match fault:
             case "503" | "429":
                 writer.write(_refusal(fault, request))
@@ -187,7 +192,7 @@ class FaultProxy:
             writer.close()
 
     async def _ask_later(self, request: _Request, body: bytes) -> bytes:
-        await asyncio.sleep(LATE_S)
+        await asyncio.sleep(self._late_s)
         return await self._ask(request.head + body)
 
     async def _cut_request(self, request: _Request, reader: asyncio.StreamReader) -> None:

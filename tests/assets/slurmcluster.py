@@ -157,6 +157,15 @@ class SlurmCluster:
             raise RuntimeError(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stderr}")
         return done.stdout
 
+    def words(self) -> str:
+        """What Slurm says of its jobs and nodes now, and what its controller did last: for a test that has failed."""
+        said = ""
+        for line in ("squeue", "sinfo -N -l -p main", "scontrol show job", "scontrol -o show node"):
+            done = self.run(*line.split(), check=False, timeout_s=30.0)
+            said += f"--- {line}\n{done.stdout[-4000:]}{done.stderr[-500:]}"
+        log = self.root / "log" / "slurmctld.log"
+        return f"{said}--- {log.name}\n{log.read_text(errors='replace')[-6000:]}"
+
     # Jobs.
 
     def submit(self, *argv: str, as_user: str | None = None) -> int:
@@ -201,6 +210,11 @@ class SlurmCluster:
         """idle, mixed, allocated, completing, drained, down, down* (does not answer), ..."""
         lines = self._ask("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()
         return dict(line.split() for line in lines)
+
+    def wait_saved(self, since: float, timeout_s: float = 60.0) -> None:
+        """Waits until slurmctld has written down what it knows of its jobs: a crash forgets the rest."""
+        saved = self.root / "state" / "job_state"
+        _wait(lambda: saved.exists() and saved.stat().st_mtime > since, timeout_s, lambda: f"{saved} is not written")
 
     def wait_idle(self, timeout_s: float = READY_S) -> None:
         """Waits for every node; one that is drained, or that somebody set down, is taken back."""

@@ -28,13 +28,13 @@ case "${{FAULT_{upper}:-}}" in
 esac
 """
 
-# Called as a job's script calls its Python: `-c PROBE` first, then `... launch --batch --run-dir R --job-id J ...`. In
-# place of the driver it puts an earlier end aside, sleeps, and says how it ended: for SIGTERM, that it can go on.
+# The nodes' Python: this one, but for `launch --batch --run-dir R --job-id J ...`. In place of the driver it puts an
+# earlier end aside, sleeps, and says how it ended: for SIGTERM, that it can go on.
 _SLEEPER = """\
 #!{python} -IS
 import os, signal, sys, time
-if sys.argv[1] == "-c":
-    sys.exit(0)
+if "--batch" not in sys.argv:
+    os.execv({whole!r}, [{whole!r}, *sys.argv[1:]])
 given = dict(zip(sys.argv, sys.argv[1:]))
 run, job = given["--run-dir"], given["--job-id"]
 control = f"{{run}}/control/{{job}}/"
@@ -70,6 +70,6 @@ def write_wrappers(folder: Path) -> Path:
 
 
 def write_sleeper(path: Path, seconds: float) -> str:
-    path.write_text(_SLEEPER.format(python=os.path.realpath(sys.executable), seconds=seconds))
+    path.write_text(_SLEEPER.format(python=os.path.realpath(sys.executable), whole=sys.executable, seconds=seconds))
     path.chmod(0o755)
     return str(path)

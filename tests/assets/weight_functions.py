@@ -19,6 +19,7 @@ from dtrain.runtime.ranks import Ranks
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.protocol import Topology
 from dtrain.strategies.registry import get_strategy
+from dtrain.strategies.state import OwnState
 
 
 def initialize(ranks: Ranks, folder: str, strategy: str, wanted: str) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def initialize(ranks: Ranks, folder: str, strategy: str, wanted: str) -> dict[st
         topology,
         ranks.device,
     )
-    found = pretrained.initialize(InitConfig(url=folder), wrapped.module, ranks)
+    found = pretrained.initialize(InitConfig(url=folder), wrapped.module, wrapped.state, ranks)
     expected: dict[str, Tensor] = torch.load(wanted, weights_only=True)
     state = {name: _full(tensor) for name, tensor in wrapped.module.state_dict().items()}
     return {
@@ -62,4 +63,7 @@ def fail_to_read(ranks: Ranks, folder: str) -> None:
         from dtrain.runtime import weightfiles
 
         vars(weightfiles)["open_storage"] = Failing
-    pretrained.initialize(InitConfig(url=folder), parity.Transformer(), ranks)
+    model = parity.Transformer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = OwnState(model=model, optimizer=optimizer, world_size=ranks.world_size)
+    pretrained.initialize(InitConfig(url=folder), model, state, ranks)

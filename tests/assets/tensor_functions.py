@@ -1,0 +1,121 @@
+"""What the ranks of a tensor layout say to each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import parity
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.utils.data import default_collate
+
+from dtrain.runtime.ranks import Ranks
+from dtrain.strategies.absent import absent_like, is_absent
+from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.ddp import _Bucket
+from dtrain.strategies.pipeline import _border
+from dtrain.strategies.tensorcuts import cut_model
+from dtrain.strategies.tensorgrads import OneCopy
+from dtrain.strategies.tensorops import teach_torch
+from dtrain.strategies.tensorplan import tensor_plan
+
+BLOCKS = {"blocks.*.qkv": "column 3", "blocks.*.out": "row", "blocks.*.up": "column", "blocks.*.down": "row"}
+
+
+def padding(ranks: Ranks) -> bool:
+    """Whether a cut embedding has the gradient of a whole one: none at its padding entry, its own at all others. On
+    each rank some entry has, counted from that rank's first one, the padding entry's number."""
+    model = nn.Sequential(nn.Embedding(12, 4, padding_idx=2))
+    tokens, factors = torch.arange(12).repeat(2, 1), torch.rand(2, 12, 4)
+    (model(tokens) * factors).sum().backward()
+    (wanted,) = (parameter.grad for parameter in model.parameters())
+    mesh = init_device_mesh("cpu", (ranks.world_size,), mesh_dim_names=("tensor",))
+    cut_model(model, tensor_plan(model, {"0": "embedding"}, 2), mesh, ranks.device, sequence=False)
+    (model(tokens) * factors).sum().backward()
+    (found,) = (parameter.grad for parameter in model.parameters())
+    assert isinstance(found, DTensor)
+    assert wanted is not None
+    return torch.equal(found.full_tensor(), wanted)
+
+
+def absent(ranks: Ranks) -> bool:
+    """Whether what a stage computes of an absent tensor and a DTensor is absent, whichever stands first."""
+    teach_torch()
+    mesh = init_device_mesh("cpu", (ranks.world_size,), mesh_dim_names=("tensor",))
+    border = _border(StrategyConfig(name="ddp", tensor=2, pipeline=2), mesh)
+    here = DTensor.from_local(torch.ones(4), mesh, (Replicate(),))
+    missing = absent_like(torch.ones(4))
+    with border.around():
+        return all(is_absent(found) for found in (missing + here, here + missing, torch.cat([here, missing])))
+
+
+def collectives(ranks: Ranks) -> dict[str, int]:
+    """How many of each kind a forward and a backward take."""
+    model = parity.Transformer()
+    mesh = init_device_mesh("cpu", (ranks.world_size,), mesh_dim_names=("tensor",))
+    cut_model(model, tensor_plan(model, BLOCKS, ranks.world_size), mesh, ranks.device, sequence=False)
+    batch = default_collate([parity.Tokens()[index] for index in range(2)])
+    with torch.profiler.profile() as profile:
+        parity.mean_loss(model(batch[0]), batch).backward()  # type: ignore[no-untyped-call]
+    names = Counter(event.name for event in profile.events() or ())
+    return {name: names[f"_c10d_functional::{name}"] for name in ("all_reduce", "all_gather_into_tensor")}
+
+
+def output(ranks: Ranks) -> bool:
+    """Whether a cut model gives a tensor of its own, which may be written to as that of a whole one may."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    mesh = init_device_mesh("cpu", (ranks.world_size,), mesh_dim_names=("tensor",))
+    wanted = model(torch.ones(2, 4)) * 3
+    cut_model(model, tensor_plan(model, {"0": "column", "1": "row"}, 2), mesh, ranks.device, sequence=False)
+    found = model(torch.ones(2, 4))
+    is_view = found._base is not None
+    found *= 3
+    found.sum().backward()
+    return not is_view and torch.allclose(found, wanted)
+
+
+_WHOLE = torch.arange(1.0, 9.0).reshape(4, 2)
+_ELSEWHERE = [
+    (Shard(0), Replicate()),
+    (Shard(0), Shard(1)),
+    (Shard(0), Partial()),
+    (Replicate(), Shard(0)),
+    (Replicate(), Partial()),
+]
+
+
+def elsewhere(ranks: Ranks) -> list[bool]:
+    """Whether gradients that lie in another way than their parameters, or are summands, become the whole's: of the only
+    copy of a model, and in the buckets that several copies sum."""
+    mesh = init_device_mesh("cpu", (ranks.world_size,), mesh_dim_names=("tensor",))
+    found = []
+    for place, other in _ELSEWHERE:
+        for finish in (_in_one_copy, _in_a_bucket):
+            held = torch.zeros(2, 2) if isinstance(place, Shard) else torch.zeros(4, 2)
+            parameter = nn.Parameter(DTensor.from_local(held, mesh, (place,)))
+            if isinstance(other, Shard):
+                local = _WHOLE.chunk(ranks.world_size, other.dim)[ranks.global_rank].contiguous()
+            else:
+                local = _WHOLE / ranks.world_size if isinstance(other, Partial) else _WHOLE.clone()
+            finish(parameter, DTensor.from_local(local, mesh, (other,), run_check=False))
+            gradient = parameter.grad
+            assert isinstance(gradient, DTensor)
+            found.append(gradient.placements == (place,) and torch.equal(gradient.full_tensor(), _WHOLE))
+    return found
+
+
+def _in_one_copy(parameter: nn.Parameter, gradient: DTensor) -> None:
+    sync = OneCopy([parameter])
+    sync.zero()
+    parameter.grad = gradient
+    sync.finish()
+
+
+def _in_a_bucket(parameter: nn.Parameter, gradient: DTensor) -> None:
+    bucket = _Bucket([parameter])
+    bucket.reset()
+    parameter.grad = gradient
+    bucket.take(0)
+    bucket.sum_partial()

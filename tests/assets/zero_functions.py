@@ -1,0 +1,57 @@
+"""Functions over ranks: a DeepSpeed whose partitions lie elsewhere than where they are looked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import parity
+import torch
+from torch import nn
+
+from dtrain.runtime.ranks import Ranks
+from dtrain.strategies import zero, zero_partitions
+from dtrain.strategies.config import StrategyConfig, StrategyName
+from dtrain.strategies.protocol import Topology
+from dtrain.strategies.registry import get_strategy
+from dtrain.strategies.zero_partitions import Slice, gathered
+
+
+def start(ranks: Ranks, strategy: str, break_it: str = "") -> bool:
+    """Whether every parameter is what one process would begin with, after the self-check."""
+    find = zero_partitions.find_slices
+
+    def broken(*arguments: Any) -> list[Slice]:
+        if break_it == "gone":
+            return find(arguments[0], object(), *arguments[2:])
+        return [_moved(one) if one.name == "blocks.0.norm1.weight" else one for one in find(*arguments)]
+
+    if break_it:
+        vars(zero)["find_slices"] = broken
+    torch.manual_seed(3)
+    model = parity.Transformer(width=32, vocab=64)
+    wanted = [parameter.detach().clone() for parameter in model.parameters()]
+    topology = Topology(global_rank=ranks.global_rank, world_size=ranks.world_size, nodes=1, device_type="cpu")
+    get_strategy(strategy).materialize(
+        model,
+        lambda m: torch.optim.AdamW(m.parameters()),
+        StrategyConfig(name=cast(StrategyName, strategy)),
+        topology,
+        ranks.device,
+    )
+    return all(torch.equal(_whole(p), before) for p, before in zip(model.parameters(), wanted, strict=True))
+
+
+def _moved(one: Slice) -> Slice:
+    """One element further to the left: over the end of the parameter before."""
+    if one.flat is None or not one.mine.numel():
+        return one
+    mine = nn.Parameter(one.flat.detach().narrow(0, one.offset - 1, one.mine.numel()))
+    return dataclasses.replace(one, mine=mine, offset=one.offset - 1)
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    if not hasattr(parameter, "ds_status"):
+        return parameter.detach()
+    with gathered(parameter):
+        return parameter.detach().clone()
