@@ -1,13 +1,13 @@
-"""Step time: dtrain's training loop against a hand-written DDP loop, 2 processes, blocks of steps in turn in one run.
+"""Step time: dtrain's training loop against one by hand with the same library, blocks of steps in turn in one run.
 
-    python benchmarks/step_time.py [--blocks N] [--steps N]
+    python benchmarks/step_time.py [STRATEGY ...] [--blocks N] [--steps N]
 
-Both sides train the demo's GPT (4 layers of 128) in the same two processes on the same batches: sum over a global batch
-of 32, AdamW, clipping, the loss read every step. dtrain's side also agrees on stops, seeds its random numbers, keeps
-the schedule, checks that all is finite and writes metrics.jsonl. Its loop runs once; after each block of its steps
-comes one by hand. Blocks are short and many, so that both of a pair meet the same load of other programs. Printed: the
-median of the pairs' ratios with its 95 % interval, in wall time and in CPU time of both processes; the second one is
-steadier where other programs are running.
+For each strategy: both sides train the demo's GPT (4 layers of 128) in the same processes on a global batch of 32, with
+AdamW, clipping, a schedule, the loss kept every step; byhand.py has the loops by hand. dtrain's side also agrees on
+stops, seeds its random numbers, checks that all is finite and writes metrics.jsonl. Its loop runs once; after each
+block of its steps comes one by hand. Blocks are short and many, so that both of a pair meet the same load of other
+programs. Printed: the median of the pairs' ratios with its 95 % interval, in wall time and in CPU time of all
+processes; the second one is steadier where other programs are running.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import byhand
+import gpt
+from byhand import BATCH_SIZE, CLIP, CONTEXT, MICRO_BATCH, RATE, STAGE_ENDS, TENSOR_PLAN, WARMUP
 
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.batches import Batches
@@ -47,21 +52,49 @@ from dtrain.runtime.report import Reporter
 from dtrain.runtime.schedules import make_schedule
 from dtrain.runtime.task import autocast, make_task
 from dtrain.runtime.trainer import Training, train
+from dtrain.strategies.caps import CAPS
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.protocol import MicroBatch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-WORLD_SIZE, BATCH_SIZE, RATE, CLIP = 2, 32, 1e-3, 1.0
-Times = tuple[float, float]  # seconds a step: wall, CPU of both processes
+Times = tuple[float, float]  # seconds a step: wall, CPU of all processes
 CONFIG = RunConfig(
     name="step-time",
-    model=ModelConfig(target=Target(target="gpt.GPT", kwargs={"context": 64})),
-    data=DataConfig(train=Target(target="gpt.SourceText", kwargs={"context": 64}), batch_size=BATCH_SIZE),
+    model=ModelConfig(target=Target(target="gpt.GPT", kwargs={"context": CONTEXT})),
+    data=DataConfig(train=Target(target="gpt.SourceText", kwargs={"context": CONTEXT}), batch_size=BATCH_SIZE),
     optimizer=OptimizerConfig(target=Target(target="torch.optim.AdamW", kwargs={"lr": RATE})),
     train=TrainConfig(steps=1_000_000, clip_grad_norm=CLIP),
     loss=Target(target="gpt.loss", kwargs={}),
-    schedule=ScheduleConfig(name="cosine", warmup=10),
+    schedule=ScheduleConfig(name="cosine", warmup=WARMUP),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """What is compared."""
+
+    strategy: StrategyConfig
+    by_hand: type[byhand.Loop]
+    world_size: int = 2
+    micro_batch: int | None = None
+
+
+PAIRS = {
+    "ddp": Pair(strategy=StrategyConfig(name="ddp"), by_hand=byhand.Ddp),
+    "fsdp": Pair(strategy=StrategyConfig(name="fsdp"), by_hand=byhand.Fsdp),
+    "hsdp": Pair(strategy=StrategyConfig(name="fsdp", replicate=2), by_hand=byhand.Hsdp, world_size=4),
+    "zero1": Pair(strategy=StrategyConfig(name="zero1"), by_hand=byhand.Zero1),
+    "zero2": Pair(strategy=StrategyConfig(name="zero2"), by_hand=byhand.Zero2),
+    "zero3": Pair(strategy=StrategyConfig(name="zero3"), by_hand=byhand.Zero3),
+    "horovod": Pair(strategy=StrategyConfig(name="horovod"), by_hand=byhand.Horovod),
+    "tensor": Pair(
+        strategy=StrategyConfig(name="ddp", tensor=2, tensor_plan=TENSOR_PLAN), by_hand=byhand.TensorParallel
+    ),
+    "pipeline": Pair(
+        strategy=StrategyConfig(name="ddp", pipeline=2, pipeline_split=(f"blocks.{STAGE_ENDS}",)),
+        by_hand=byhand.Pipeline,
+        micro_batch=MICRO_BATCH,
+    ),
+}
 
 
 class NoSaves:
@@ -88,20 +121,20 @@ class BatchesInTurn(Batches):
         return super().next(step, interrupted)
 
 
-def dtrain_side(ranks: Ranks, run_dir: Path, steps: int, before: Callable[[int], None]) -> Training:
+def dtrain_side(ranks: Ranks, run_dir: Path, pair: Pair, steps: int, before: Callable[[int], None]) -> Training:
     """dtrain's own loop over `steps`, which calls `before` with the number of each."""
-    import gpt
-
-    wrapped, _ = build(CONFIG, StrategyConfig(name="ddp"), ranks, nodes=WORLD_SIZE)
-    dataset = gpt.SourceText(context=64)
+    settings = dataclasses.replace(CONFIG.train, steps=steps, micro_batch=pair.micro_batch)
+    config = dataclasses.replace(CONFIG, train=settings)
+    wrapped, _ = build(config, pair.strategy, ranks, nodes=1)
+    dataset = gpt.SourceText(context=CONTEXT)
     plan = BatchPlan(
         len(dataset),
         batch_size=BATCH_SIZE,
         seed=0,
         shuffle=True,
-        rank=ranks.global_rank,
-        world_size=WORLD_SIZE,
-        micro_batch=None,
+        rank=wrapped.data.rank,
+        world_size=wrapped.data.world_size,
+        micro_batch=pair.micro_batch,
     )
     batches = BatchesInTurn(
         MapSource(dataset, plan, seed=0, key="data.train"),
@@ -114,12 +147,12 @@ def dtrain_side(ranks: Ranks, run_dir: Path, steps: int, before: Callable[[int],
     )
     batches.before = before
     return Training(
-        config=dataclasses.replace(CONFIG.train, steps=steps),
+        config=settings,
         wrapped=wrapped,
-        schedule=make_schedule(CONFIG.schedule, wrapped.optimizer, CONFIG.train.steps, 0),
+        schedule=make_schedule(config.schedule, wrapped.optimizer, steps, 0),
         batches=batches,
-        task=make_task(CONFIG, wrapped.module, ranks.device),
-        autocast=autocast("fp32", ranks.device, cache=True),
+        task=make_task(config, wrapped.module, ranks.device),
+        autocast=autocast("fp32", ranks.device, cache=not CAPS[pair.strategy.name].gathered),
         ranks=ranks,
         saves=NoSaves(),
         evaluations=None,
@@ -133,42 +166,8 @@ def dtrain_side(ranks: Ranks, run_dir: Path, steps: int, before: Callable[[int],
     )
 
 
-def hand_written_side(ranks: Ranks, run_dir: Path) -> Callable[[int], None]:
-    """What a careful person writes with DistributedDataParallel, the loss kept every step."""
-    import gpt
-
-    torch.manual_seed(0)
-    model = DistributedDataParallel(gpt.GPT(context=64), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    dataset = gpt.SourceText(context=64)
-    sampler: DistributedSampler[object] = DistributedSampler(dataset)
-    loader = DataLoader(dataset, batch_size=BATCH_SIZE // WORLD_SIZE, sampler=sampler)
-    log = open(run_dir / "hand.jsonl", "w")  # noqa: SIM115  open as long as the process
-
-    def endless() -> Iterator[list[torch.Tensor]]:
-        while True:
-            yield from loader
-
-    batches = endless()
-
-    def more(steps: int) -> None:
-        for _ in range(steps):
-            batch = next(batches)
-            optimizer.zero_grad()
-            loss = gpt.loss(model(batch[0]), (batch[0], batch[1]))
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            mean = loss.detach()
-            dist.all_reduce(mean)  # the loss of the global batch, as dtrain records it
-            if ranks.global_rank == 0:
-                log.write(json.dumps({"loss": mean.item() / WORLD_SIZE}) + "\n")
-                log.flush()
-
-    return more
-
-
-def run_rank(rank: int, port: int, run_dir: Path, blocks: int, steps: int) -> None:
+def run_rank(rank: int, port: int, run_dir: Path, name: str, blocks: int, steps: int) -> None:
+    pair = PAIRS[name]
     torch.set_num_threads(1)
     env = WorkerEnv(
         run_dir=str(run_dir),
@@ -178,15 +177,14 @@ def run_rank(rank: int, port: int, run_dir: Path, blocks: int, steps: int) -> No
         global_rank=rank,
         local_rank=rank,
         node_rank=0,
-        world_size=WORLD_SIZE,
-        local_world_size=WORLD_SIZE,
+        world_size=pair.world_size,
+        local_world_size=pair.world_size,
         num_nodes=1,
         master_addr="127.0.0.1",
         master_port=port,
         device="cpu",
     )
     with process_group(env) as ranks:
-        by_hand = hand_written_side(ranks, run_dir)
         times: list[Times] = []  # of blocks in turn, dtrain's first
         began = 0.0, 0.0
 
@@ -201,18 +199,27 @@ def run_rank(rank: int, port: int, run_dir: Path, blocks: int, steps: int) -> No
         def before(step: int) -> None:
             if step > 1 and (step - 1) % steps == 0:
                 lap()
-                by_hand(steps)
+                by_hand.more(steps)
                 lap()
 
-        job = dtrain_side(ranks, run_dir, (blocks + 1) * steps + 1, before)
+        job = dtrain_side(ranks, run_dir, pair, (blocks + 1) * steps + 1, before)
+        by_hand = pair.by_hand(rank, pair.world_size, run_dir)
         dist.barrier()
         began = time.perf_counter(), time.process_time()
         train(job)
         if rank == 0:
-            report(times[2:])  # the first pair warms up
+            report(name, times[2:])  # the first pair warms up
+            check(run_dir)
 
 
-def report(times: Sequence[Times]) -> None:
+def check(run_dir: Path) -> None:
+    """Both sides have learned: what is timed is what is meant."""
+    for file in ("metrics.jsonl", "hand.jsonl"):
+        losses = [json.loads(line)["loss"] for line in (run_dir / file).read_text().splitlines()]
+        assert losses[0] > losses[-1] > 1, (file, losses[0], losses[-1])
+
+
+def report(name: str, times: Sequence[Times]) -> None:
     """`times`: of blocks in turn, dtrain's first."""
     for kind, what in enumerate(("wall", "CPU")):
         found = [pair[kind] * 1e3 for pair in times]
@@ -220,9 +227,9 @@ def report(times: Sequence[Times]) -> None:
         ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
         low, high = median_interval(len(ratios))
         print(
-            f"{what:4s}  dtrain {statistics.median(ours):7.2f} ms a step, by hand {statistics.median(theirs):7.2f}; "
-            f"ratio median {statistics.median(ratios):.3f}, 95 % interval {ratios[low]:.3f} .. {ratios[high]:.3f} "
-            f"({len(ratios)} pairs)"
+            f"{name:8s} {what:4s}  dtrain {statistics.median(ours):7.2f} ms a step, "
+            f"by hand {statistics.median(theirs):7.2f}; ratio median {statistics.median(ratios):.3f}, "
+            f"95 % interval {ratios[low]:.3f} .. {ratios[high]:.3f} ({len(ratios)} pairs)"
         )
 
 
@@ -232,30 +239,37 @@ def median_interval(count: int) -> tuple[int, int]:
     return max(0, math.floor((count - 1) / 2 - half)), min(count - 1, math.ceil((count - 1) / 2 + half))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=2, help="steps a block")
-    options = parser.parse_args()
+def compare(name: str, blocks: int, steps: int) -> int:
+    """The exit code of the processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         pids = []
-        for rank in range(WORLD_SIZE):
+        for rank in range(PAIRS[name].world_size):
             if (pid := os.fork()) == 0:
                 try:
-                    run_rank(rank, port, Path(folder), options.blocks, options.steps)
+                    run_rank(rank, port, Path(folder), name, blocks, steps)
                 except BaseException:
-                    import traceback
-
                     traceback.print_exc()
                     os._exit(1)
                 sys.stdout.flush()
                 os._exit(0)
             pids.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    sys.exit(max(map(abs, codes)))
+        return max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in pids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "strategies", nargs="*", metavar="STRATEGY", help=f"of {', '.join(PAIRS)}; all where none is named"
+    )
+    parser.add_argument("--blocks", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=2, help="steps a block")
+    options = parser.parse_args()
+    if unknown := sorted({*options.strategies} - {*PAIRS}):  # `choices` refuses an empty list, too
+        parser.error(f"{', '.join(unknown)}: there are {', '.join(PAIRS)}")
+    sys.exit(max(compare(name, options.blocks, options.steps) for name in options.strategies or PAIRS))
 
 
 if __name__ == "__main__":

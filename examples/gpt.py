@@ -69,6 +69,7 @@ def sample(model: nn.Module, prompt: str = "def ", length: int = 300, context: i
     """What the model writes after `prompt`. Every rank gets here with the same seed, as sharded models need."""
     device, text = next(model.parameters()).device, torch.tensor([list(prompt.encode())])  # (1, seq)
     for _ in range(length):
-        logits = model(text[:, -context:].to(device))[0, -1].float().cpu()
+        end = min(text.shape[1], context)  # a whole window suits every layout; what lies behind the end is not seen
+        logits = model(F.pad(text[:, -end:], (0, context - end)).to(device))[0, end - 1].float().cpu()
         text = torch.cat([text, torch.multinomial(F.softmax(logits, dim=-1), 1)[None]], dim=1)
     return bytes(text[0].tolist()).decode(errors="replace")
