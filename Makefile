@@ -6,8 +6,8 @@ export PYTHON TORCH
 
 BIN := .venv/bin
 CODE := cluster launcher runtime slurm strategies tests examples benchmarks
-# Two at once at most: e2e tests start several processes each, and unit tests hardly gain from more.
-JOBS ?= 2
+# Tests wait more than they compute, whole runs above all: three at once keep two cores busy.
+JOBS ?= 3
 
 .PHONY: help install demo test unit e2e check check-style check-tests bench clean
 
@@ -21,15 +21,14 @@ demo: ## the main job: 2 nodes on this machine train a byte-level GPT; installs 
 	@.ci/install base
 	$(BIN)/dtrain launch examples/gpt.yaml
 
-test: install ## all tests: unit tests, then whole runs, two at once
-	$(BIN)/pytest -m "not e2e" -n $(JOBS)
-	$(BIN)/pytest -m e2e -n $(JOBS) --dist loadfile
+test: install ## all tests, JOBS at once; file by file, because a file's tests share the servers that they start
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 unit: install ## unit tests only
 	$(BIN)/pytest -m "not e2e" -n $(JOBS)
 
-e2e: install ## whole runs only; file by file, because a file's tests share the servers that they start
-	$(BIN)/pytest -m e2e -n $(JOBS) --dist loadfile
+e2e: install ## whole runs only
+	$(BIN)/pytest -m e2e -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: install ## lint, format, types and the quick unit tests, in under two minutes
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target check-style check-tests
@@ -43,7 +42,7 @@ check-tests:
 	$(BIN)/pytest -m "not e2e and not slow" -n $(JOBS) -q
 
 bench: install ## the benchmarks, one after the other (minutes; quiet machine)
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean: ## removes .venv, caches and builds; runs/ stays, it may be somebody's work
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
