@@ -12,6 +12,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -105,7 +106,7 @@ def _new_processes(test_id: str, before: set[int]) -> list[psutil.Process]:
     mark = f"{MARKER}={test_id}".encode()
     ours = _descendants(os.getpid())
     found = []
-    for pid in _pids() - before:
+    for pid in _pids() - before - (cases.parent_pids() if (cases := sys.modules.get("cases")) else set()):
         with contextlib.suppress(OSError, psutil.Error):
             if pid in ours or mark in Path(f"/proc/{pid}/environ").read_bytes():
                 found.append(psutil.Process(pid))

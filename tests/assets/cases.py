@@ -89,6 +89,10 @@ class _Parent:
         return found
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
@@ -103,11 +107,16 @@ _parents: list[_Parent] = []
 
 
 def _parent() -> _Parent:
-    """One a pytest process. Fixtures of a module start it, before a test's own time: it stays when the test ends."""
+    """One a pytest process; another one when that had to be closed."""
     if not _parents or _parents[-1].ended:
         _parents.append(_Parent())
         atexit.register(_parents[-1].close)
     return _parents[-1]
+
+
+def parent_pids() -> set[int]:
+    """Of what stays when a test ends."""
+    return {parent.pid for parent in _parents if not parent.ended}
 
 
 def prepare(folder: Path, *overrides: str, base: dict[str, Any] = PARITY) -> Path:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import socket
+import time
 import traceback
 from typing import Any
 
@@ -17,6 +19,8 @@ from rank_environ import adopt
 
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.ranks import process_group
+
+ALONE_S = 10.0  # that the others get after one has failed
 
 
 def call(request: dict[str, Any], env: WorkerEnv) -> Any:
@@ -30,10 +34,15 @@ def call(request: dict[str, Any], env: WorkerEnv) -> Any:
         return {"error": type(error).__name__, "message": str(error)}
 
 
-def start(request: dict[str, Any], rank: int, listener: socket.socket, answer: int) -> int:
+def start(
+    request: dict[str, Any], rank: int, listener: socket.socket, pipes: list[tuple[int, int]], stay: tuple[int, int]
+) -> int:
     pid = os.fork()
     if pid:
         return pid
+    answer = pipes[rank][1]
+    for end in {stay[1], *(end for _, end in pipes)} - {answer}:  # the end of each is seen when its rank closes it
+        os.close(end)
     try:
         os.dup2(2, 1)  # stdout is for the results
         adopt(request["environ"])
@@ -55,22 +64,44 @@ def start(request: dict[str, Any], rank: int, listener: socket.socket, answer: i
         )
         with open(answer, "w") as file:
             json.dump(call(request, env), file)
+        os.read(stay[0], 1)
     finally:
         os._exit(0)
 
 
 def run(request: dict[str, Any]) -> list[Any]:
+    """A rank that has answered stays until all have: others may still be joining a group, and one that can't reach a
+    peer any more tries for an hour. Where one fails the others have a while for their own answers, then it goes, and
+    who waits for it in a collective fails too."""
     pipes = [os.pipe() for _ in range(request["world_size"])]
+    stay = os.pipe()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
-        pids = [start(request, rank, listener, pipe[1]) for rank, pipe in enumerate(pipes)]
-    answers = []
+        pids = [start(request, rank, listener, pipes, stay) for rank in range(len(pipes))]
+    os.close(stay[0])
     for _, end in pipes:
         os.close(end)
-    for begin, _ in pipes:
-        with open(begin) as file:
-            answers.append(json.loads(file.read() or "null"))
+    said = {begin: b"" for begin, _ in pipes}
+    waiting, leave = list(said), stay[1]
+    give_up: float | None = None
+    while waiting:
+        left = None if give_up is None else max(0.0, give_up - time.monotonic())
+        ready = select.select(waiting, [], [], left)[0]
+        if not ready:  # who has failed goes
+            os.close(leave)
+            leave, give_up = -1, None
+        for begin in ready:
+            part = os.read(begin, 1 << 16)
+            said[begin] += part
+            if not part:
+                waiting.remove(begin)
+                if said[begin].startswith(b'{"error"'):
+                    give_up = give_up or time.monotonic() + ALONE_S
+    if leave >= 0:
+        os.close(leave)
+    for begin in said:
+        os.close(begin)
     for pid in pids:
         os.waitpid(pid, 0)
-    return answers
+    return [json.loads(answer or b"null") for answer in said.values()]
