@@ -354,15 +354,16 @@ def test_an_engine_that_does_not_answer(cell: Callable[..., Cell], engine: Engin
     one = cell()
     process = one.launch()
     one.seen()
+    one.runs()
     job = read_json(one.run.job)
     with engine.silent():
-        assert one.status()["state"] in ("running", "unknown")
+        assert (said := one.status())["state"] in ("running", "unknown"), said
         frozen = one.agents()
         for agent in frozen:
             agent.suspend()
         try:
             time.sleep(11)  # the age at which the run directory no longer tells of life
-            assert one.status()["state"] in ("running", "unknown")
+            assert (said := one.status())["state"] in ("running", "unknown"), said
             assert one.end(one.launch()) == exits.USAGE, one.said
             assert read_json(one.run.job) == job
         finally:
