@@ -201,9 +201,11 @@ def _run_fork(
             return None
         finally:
             os.close(writing)
-        output, timed_out = _read_all(answers, time.monotonic() + timeout_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # it leads a session: what the user's modules have started, too
+        try:
+            output, timed_out = _read_all(answers, time.monotonic() + timeout_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # it leads a session: what the user's modules have started, too
         # How it ended, the zygote tells between its imports: not waited for where nobody asks.
         code = 0 if _is_complete(output) else zygote.wait(pid, _EXIT_CODE_S)
     return output, f"took longer than {timeout_s:g} s" if timed_out else _ended(code), timed_out

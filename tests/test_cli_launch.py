@@ -280,10 +280,12 @@ def test_the_check_of_targets_is_told_on_a_terminal_and_wiped_out(config: Path) 
 
 @pytest.mark.slow
 def test_ctrl_c_during_the_check_starts_nothing(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "toy.py").write_text("import time\ntime.sleep(60)\n" + LIGHT)
+    (tmp_path / "toy.py").write_text("open('imported', 'w').close()\nimport time\ntime.sleep(60)\n" + LIGHT)
     process = start(config)
     assert process.stdout is not None
     assert process.stdout.readline() == "toy: checking the config's targets ...\n"  # after two seconds, no terminal
+    while not (tmp_path / "imported").exists():
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     code, said = finish(process)
     assert code == 130, said
