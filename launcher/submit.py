@@ -169,7 +169,8 @@ def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) 
     if asked == "live" or (asked == "auto" and ((plan.kind == "script" and _is_seen(plan)) or unseen)):
         return None
     scripts = (module.folder for module in modules if plan.kind == "script")
-    places = list(dict.fromkeys([*plan.sys_path, *scripts]))
+    elsewhere = (module.folder for module in modules if not _has(plan, module.folder))  # found by PYTHONPATH, say
+    places = list(dict.fromkeys([*plan.sys_path, *scripts, *elsewhere]))
     never = [plan.run_dir, *_secret_files(plan)]
     if (folder := folder_of(plan.checkpoint_url)) is not None:
         never.append(folder)
@@ -183,8 +184,13 @@ def gather_code(config: LaunchConfig, plan: JobPlan, modules: Sequence[Module]) 
 
 
 def _is_seen(plan: JobPlan) -> bool:
-    """Whether the nodes have this machine's folders. Pods have those that they mount."""
-    return plan.backend != "kubernetes" or all(is_on_volume(plan.kubernetes, folder) for folder in plan.sys_path)
+    """Whether the nodes have the code as it lies."""
+    return all(_has(plan, folder) for folder in plan.sys_path)
+
+
+def _has(plan: JobPlan, folder: str) -> bool:
+    """Whether the nodes have this machine's folder. Pods have those that they mount."""
+    return plan.backend != "kubernetes" or is_on_volume(plan.kubernetes, folder)
 
 
 def _secret_files(plan: JobPlan) -> list[str]:

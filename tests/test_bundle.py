@@ -306,6 +306,7 @@ def test_hostile_names_stay_inside_or_are_refused(plan: JobPlan, tmp_path: Path,
 
 TOY = """
 import os, time, torch
+from dataclasses import replace
 from pathlib import Path
 from lib.version import VERSION
 class Model(torch.nn.Module):
@@ -363,6 +364,31 @@ def test_what_the_targets_bring_in(toy: Path) -> None:
     assert code is not None
     assert set(code.trees[0].sizes) == {"toy.py", "late.py", "lib/version.py"}
     assert gather_code(load_config("toy.yaml", ["cluster.code=live"]), plan, checked.modules) is None
+
+
+@pytest.mark.slow
+def test_what_pods_do_not_mount_is_copied_too(
+    toy: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the launching machine has it from: the variable PYTHONPATH says nothing to a pod."""
+    away = tmp_path_factory.mktemp("away")
+    write(away, {"borrowed/__init__.py": "", "other.py": ""})
+    write(toy, {"toy.py": "import borrowed\n" + TOY})
+    monkeypatch.setenv("PYTHONPATH", str(away))
+    config = load_config("toy.yaml")
+    plan = make_plan(config, job_id="x", argv=(), cwd=str(toy))
+    modules = look_at_targets(config, sys.executable, plan.sys_path).modules
+    for backend, volumes, wanted in (
+        ("kubernetes", {}, 1),
+        ("kubernetes", {str(away): "pvc:data"}, 0),
+        ("local", {}, 0),
+    ):
+        asked = replace(plan, backend=backend, kubernetes=replace(plan.kubernetes, volumes=volumes))
+        code = gather_code(config, asked, modules)
+        assert code is not None
+        found = [set(tree.sizes) for tree in code.trees if tree.root == str(away)]
+        assert found == [{"borrowed/__init__.py"}] * wanted
+        assert (str(away) in code.sys_path) == bool(wanted)
 
 
 def test_a_script_is_copied_only_when_asked(toy: Path) -> None:
