@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,22 @@ def copy_of(url: str) -> Path:
 
 def mirror_of(path: Path) -> Mirror | None:
     """That of the copy in which `path` lies; None for an ordinary run directory."""
-    for top in (path, *path.parents[:3]):
-        url = _urls.get(str(top)) or _marked(top)
+    for top in map(str, (path, *path.parents[:3])):
+        url = _urls.get(top) or _marked(top)
         if url:
-            own = (os.getpid(), str(top))
+            own = (os.getpid(), top)
             if own not in _mirrors:
-                _mirrors[own] = Mirror(url, top)
+                _mirrors[own] = Mirror(url, Path(top))
             return _mirrors[own]
     return None
 
 
-def _marked(top: Path) -> str:
+@lru_cache(maxsize=512)
+def _marked(top: str) -> str:
+    """The URL of a copy that another process has made; "" for any other folder. Asked of the disk once: a copy is
+    marked before a process that works on it starts, and the one that makes it knows it by `_urls`."""
     try:
-        return str(json.loads((top / _MARK).read_bytes())["url"])
+        return str(json.loads(Path(top, _MARK).read_bytes())["url"])
     except (OSError, ValueError):
         return ""
 
