@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.cluster.atomic import append_line, replace_file
-from dtrain.cluster.errors import AlreadyExists
+from dtrain.cluster.errors import AlreadyExists, StorageError
 from dtrain.cluster.growing import Incoming, Outgoing
 from dtrain.cluster.remote import GROWING, digest_of, kind_of
 from dtrain.cluster.storage import RETRY_S, ObjectInfo, Storage, open_storage
@@ -29,6 +29,7 @@ VARIABLE = "DTRAIN_MIRROR"  # on a node: the folder of its copies
 _MARK = ".remote.json"  # {"url", "node"} at the top of a copy
 _STATE = ".mirror.json"
 _RETRY_S = 4.0  # of what is tried again anyway
+_PAUSE_S = 1.0
 _LOCK_S = 10.0  # for another process that has the copy in its hands
 _TOP = ("job.json", "config.yaml", "failure.json", "mlflow.json")  # records that are asked for by name
 
@@ -71,6 +72,18 @@ def _marked(top: str) -> str:
         return str(json.loads(Path(top, _MARK).read_bytes())["url"])
     except (OSError, ValueError):
         return ""
+
+
+def patiently(ask: Callable[[], None], patience_s: float) -> None:
+    """Again and again until the store has answered. Raises StorageError after `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return ask()
+        except StorageError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE_S)
 
 
 class Mirror:

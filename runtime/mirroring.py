@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dtrain.cluster.errors import StorageError
-from dtrain.cluster.mirror import VARIABLE, Mirror, is_url, mirror_of
+from dtrain.cluster.mirror import VARIABLE, Mirror, is_url, mirror_of, patiently
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.scratch import Hold, hold
 from dtrain.runtime.options import Options
@@ -46,7 +45,7 @@ class Mirroring:
         assert mirror is not None
         mirror.load()
         mirror.job_id = options.job_id
-        _patiently(mirror.refresh)
+        patiently(mirror.refresh, _PATIENCE_S)
         self._woken = threading.Condition()
         self._asked = self._done = 0  # rounds
         self._closing = False
@@ -72,7 +71,7 @@ class Mirroring:
     def take_over(self) -> None:
         """What rank 0 goes on with, which may have been written on another node. Blocks. Raises StorageError."""
         if (mirror := self._mirror) is not None:
-            _patiently(lambda: mirror.fetch_growing("metrics.jsonl", "evaluations.jsonl"))
+            patiently(lambda: mirror.fetch_growing("metrics.jsonl", "evaluations.jsonl"), _PATIENCE_S)
 
     def close(self) -> None:
         if self._mirror is not None:
@@ -125,17 +124,6 @@ class Mirroring:
         with self._woken:
             while not self._closing and self._asked == asked and time.monotonic() < until and not self._waiting():
                 self._woken.wait(_LOOK_S)
-
-
-def _patiently(ask: Callable[[], None]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            return ask()
-        except StorageError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
 
 
 def before_commit(run: RunDir) -> Callable[[], None]:
