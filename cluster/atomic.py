@@ -1,11 +1,15 @@
-"""Files that appear whole or not at all. The ground that records of a run directory are written on."""
+"""Files that appear whole or not at all, and locks on them. The ground that records of a run directory are written
+on."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 from pathlib import Path
+
+_LOCK_POLL_S = 0.02
 
 
 def replace_file(path: Path, raw: bytes, mode: int | None = None) -> None:
@@ -57,3 +61,16 @@ def append_line(path: Path, line: bytes) -> None:
         os.write(descriptor, line)
     finally:
         os.close(descriptor)
+
+
+def lock_within(descriptor: int, patience_s: float) -> bool:
+    """Locks the file for this descriptor alone (flock(2)); False where another one still has it after `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOCK_POLL_S)

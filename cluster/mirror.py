@@ -9,7 +9,6 @@ Which files are kept how is remote.py's, growing ones are growing.py's.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import threading
@@ -19,7 +18,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from dtrain.cluster.atomic import append_line, replace_file
+from dtrain.cluster.atomic import append_line, lock_within, replace_file
 from dtrain.cluster.errors import AlreadyExists, StorageError
 from dtrain.cluster.growing import Incoming, Outgoing
 from dtrain.cluster.remote import GROWING, digest_of, kind_of
@@ -30,7 +29,7 @@ _MARK = ".remote.json"  # {"url", "node"} at the top of a copy
 _STATE = ".mirror.json"
 _RETRY_S = 4.0  # of what is tried again anyway
 _PAUSE_S = 1.0
-_LOCK_S = 10.0  # for another process that has the copy in its hands
+_LOCK_S = 10.0  # with another process that has the copy in its hands: one that was stopped must not stop the others
 _TOP = ("job.json", "config.yaml", "failure.json", "mlflow.json")  # records that are asked for by name
 
 _urls: dict[str, str] = {}  # copy -> URL, of this process
@@ -314,7 +313,7 @@ class Mirror:
                     self._save()
                 return
             with open(self.top / ".lock", "a") as file:
-                _lock(file.fileno())
+                lock_within(file.fileno(), _LOCK_S)
                 self._depth = 1
                 try:
                     self.load()
@@ -360,15 +359,3 @@ def _chunks(path: Path) -> Iterator[memoryview]:
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             yield memoryview(chunk)
-
-
-def _lock(descriptor: int) -> None:
-    """Gives up waiting in the end: a process that was stopped must not stop the others."""
-    deadline = time.monotonic() + _LOCK_S
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.02)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dtrain.cluster.atomic import lock_within
 from dtrain.cluster.errors import AlreadyExists, StorageError, UsageError
 from dtrain.cluster.mirror import is_url, mirror_of
 from dtrain.cluster.procs import ProcessId
@@ -17,7 +17,6 @@ from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.storage import ObjectInfo, Storage
 
 _PATIENCE_S = 0.5  # a process that a killed launch was about to start holds its lock until it runs a program of its own
-_POLL_S = 0.02
 _LEASE_S = 120.0  # of a launch on another machine, which nobody can see die
 _CLAIM = "launches/"  # at a URL: NUMBER, and NUMBER-over
 _OVER = "-over"
@@ -47,29 +46,14 @@ def launching(run: RunDir, job_id: str) -> Iterator[None]:
             f"run_dir: {run.path} can't be written ({error.strerror}). Choose another: --run-dir"
         ) from error
     try:
-        if not _locked(descriptor):
+        if not lock_within(descriptor, _PATIENCE_S):
             other = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another job"
-            raise Busy(
-                f"{run.path}: {other} is being launched here at this moment; nothing was started. "
-                "Follow it with `attach`, or train beside it with --fresh or --name NAME."
-            )
+            raise _busy(run, other)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, job_id.encode(), 0)
         yield
     finally:
         os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL_S)
 
 
 @contextmanager
