@@ -14,12 +14,11 @@ from dtrain.cluster.mirror import is_url
 from dtrain.cluster.nodescript import node_script
 from dtrain.cluster.rundir import RunDir
 
-LOST = 75  # this process is lost and the run is not: EX_TEMPFAIL of sysexits(3)
 _PODSTART = ("-P", "-m", "dtrain.cluster.kubernetes.podstart")
 
 # $1: the run directory, $2: the job, $3: the Python that fetches the first, where that is a URL. A uid of a numeric
 # user has no home and no name as a rule, and torch asks for both. A node without which the run goes on stands by until
-# the run is started anew (podstart.py).
+# the run is started anew (podstart.py). 75 is os.EX_TEMPFAIL: this process is lost and the run is not.
 ENTRY = r"""
 run=$1 control=$1/control/$2 node=$JOB_COMPLETION_INDEX agent="" stopped=""
 trap 'stopped=1; [ -z "$agent" ] || kill -TERM "$agent"' TERM

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +16,6 @@ from dtrain.cluster.errors import StorageError, UsageError
 from dtrain.cluster.mirror import mirror_of, patiently
 from dtrain.cluster.rundir import RunDir
 
-_AGAIN = 75  # for the Job to try another pod: EX_TEMPFAIL of sysexits(3)
 _PATIENCE_S = {"fetch": 60.0, "push": 15.0}
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         return exits.NEVER_RETRY
     except StorageError as error:
         print(f"run_dir: {error}", file=sys.stderr)
-        return _AGAIN
+        return os.EX_TEMPFAIL  # for the Job to try another pod
     if what == "fetch":
         print(run.path)
     return exits.DONE
