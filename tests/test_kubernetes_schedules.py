@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from clients import Clients
+from clients import Clients, failures_of
 from killedcalls import FAULTS
 from kubeserver_store import delete, key_of
 
@@ -127,7 +127,5 @@ def test_no_schedule_loses_or_doubles_a_job(schedules: list[Schedule], capsys: p
     with capsys.disabled():
         print(f"\nseed {SEED} (DTRAIN_KUBERNETES_SEED repeats it, DTRAIN_KUBERNETES_SCHEDULES={SCHEDULES})")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        failures = {n: wrong for n, wrong in enumerate(pool.map(Schedule.play, schedules)) if wrong}
-    for number, wrong in failures.items():
-        print(f"schedule {number}: {wrong}", *schedules[number].log, sep="\n  ")
-    assert not failures
+        failures = failures_of(schedules, pool.map(Schedule.play, schedules))
+    assert not failures, "\n".join(failures)

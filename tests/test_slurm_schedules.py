@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from clients import Client, Clients
+from clients import Client, Clients, failures_of
 from slurmfaults import FAULTS, write_sleeper, write_wrappers
 
 from dtrain.slurm.records import JobRecord, parse_scontrol
@@ -206,8 +206,8 @@ def test_no_schedule_loses_or_doubles_a_job(
         ends = list(pool.map(Schedule.settle, schedules))
     time.sleep(1.0)  # what was cancelled on sight is gone
     jobs = parse_scontrol(slurm.run("scontrol", "-o", "show", "job").stdout)
-    judged = {schedule.number: _judge(schedule, end, jobs) for schedule, end in zip(schedules, ends, strict=True)}
-    failures = {number: wrong for number, wrong in judged.items() if wrong}
+    judged = [_judge(schedule, end, jobs) for schedule, end in zip(schedules, ends, strict=True)]
+    failures = failures_of(schedules, judged)
     with capsys.disabled():
         accepted = {job.command.partition("/control/")[0] for job in jobs if "/control/" in job.command}
         by_command_line = {str(schedule.run_dir) for schedule in schedules if schedule.is_whole} & accepted
@@ -215,7 +215,5 @@ def test_no_schedule_loses_or_doubles_a_job(
             f"{len(schedules)} schedules in {played_s:.0f} s, jobs in {len(accepted)} run directories, "
             f"{len(by_command_line)} of whole command lines; {len(failures)} schedules wrong"
         )
-    for number, wrong in failures.items():
-        print(f"schedule {number}: {wrong}", *schedules[number].log, sep="\n  ")
-    assert not failures
+    assert not failures, "\n".join(failures)
     assert by_command_line, "\n".join(schedules[0].log)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from clients import Clients
+from clients import Clients, failures_of
 
 from dtrain.cluster.rundir import read_json
 
@@ -158,8 +158,6 @@ def test_no_schedule_loses_or_doubles_a_node(schedules: list[Schedule], capsys: 
         print(f"\nseed {SEED} (DTRAIN_SSH_SEED repeats it, DTRAIN_SSH_SCHEDULES={SCHEDULES})")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(Schedule.play, schedules))
-        failures = {n: wrong for n, wrong in enumerate(pool.map(Schedule.judge, schedules)) if wrong}
-    for number, wrong in failures.items():
-        print(f"schedule {number}: {wrong}", *schedules[number].log, sep="\n  ")
-    assert not failures
+        failures = failures_of(schedules, pool.map(Schedule.judge, schedules))
+    assert not failures, "\n".join(failures)
     assert sum((schedule.run_dir / "started").exists() for schedule in schedules) > SCHEDULES // 2

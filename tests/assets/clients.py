@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 
 class Clients:
@@ -59,3 +61,19 @@ class Client:
             assert time.monotonic() < deadline, f"client {self.pid} hangs: {self.output.read_text()}"
             time.sleep(0.02)
         return self.output.read_text().strip() if self.output.exists() else ""
+
+
+class Schedule(Protocol):
+    """What clients did, drawn at random by `seed`."""
+
+    seed: int
+    log: list[str]
+
+
+def failures_of(schedules: Sequence[Schedule], found: Iterable[Sequence[str]]) -> list[str]:
+    """`found`: what is wrong with each of the schedules. A text for each with which something is, and what it did."""
+    return [
+        "\n  ".join([f"schedule {number}, seed {schedule.seed}: {wrong}", *schedule.log])
+        for number, (schedule, wrong) in enumerate(zip(schedules, found, strict=True))
+        if wrong
+    ]

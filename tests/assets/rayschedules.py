@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clients import Client, Clients
+from clients import Client, Clients, failures_of
 from faultproxy import FaultProxy
 from faultproxy import Schedule as Faults
 
@@ -177,8 +177,6 @@ def play_all(url: str, alive: Callable[[], list[str]], folder: Path, *, seed: in
     made = [Schedule(seed + n, folder / f"run-{n}", python, clients, url, alive) for n in range(number)]
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = list(pool.map(Schedule.play, made))
+            return failures_of(made, pool.map(Schedule.play, made))
     finally:
         clients.close()
-    wrong = [(one, words) for one, words in zip(made, found, strict=True) if words]
-    return ["\n  ".join([f"seed {one.seed}: {words}", *one.log]) for one, words in wrong]
