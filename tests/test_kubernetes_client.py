@@ -62,6 +62,7 @@ def plan(kubernetes: KubeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     yield made
     kubernetes.faults.clear()
     BACKEND.kill(made)
+    connect.cache_clear()
     kubernetes.wait(lambda: not left(kubernetes), words=lambda: str(left(kubernetes)))
 
 

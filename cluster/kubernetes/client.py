@@ -109,27 +109,24 @@ def connect(place: Place) -> Client:
             config.load_incluster_config(client_configuration=settings)
     except (config.ConfigException, OSError) as error:
         raise UsageError(f"the cluster of context {place.context or 'this pod'} can't be used: {error}") from error
-    return Client(kubernetes.client.ApiClient(settings), place.namespace)
+    return Client(kubernetes.client.ApiClient(settings), place.namespace, _PATIENCE_S)
 
 
 class Client:
     """Of one namespace. All methods raise KubernetesRefused, KubernetesUnreachable."""
 
-    def __init__(
-        self, api: Any, namespace: str, clock: Callable[[], float] = time.monotonic, *, looks: bool = False
-    ) -> None:
+    def __init__(self, api: Any, namespace: str, patience_s: float) -> None:
         import kubernetes.client
 
-        self._api, self._looks = api, looks
+        self._api, self._patience_s = api, patience_s
         self._batch = kubernetes.client.BatchV1Api(api)
         self._core = kubernetes.client.CoreV1Api(api)
         self._authorization = kubernetes.client.AuthorizationV1Api(api)
-        self._clock = clock
         self.namespace = namespace
 
     def for_looks(self) -> Client:
         """The same with less patience."""
-        return Client(self._api, self.namespace, self._clock, looks=True)
+        return Client(self._api, self.namespace, _LOOK_S)
 
     def create(self, body: Object, *, dry_run: bool = False) -> Object:
         """By its kind; unknown fields are refused."""
@@ -238,7 +235,7 @@ class Client:
         import kubernetes.client
         import urllib3
 
-        deadline = self._clock() + (min(_LOOK_S, _PATIENCE_S) if self._looks else _PATIENCE_S)
+        deadline = time.monotonic() + self._patience_s
         for pause_s in _pauses():
             try:
                 found = call(*args, **options, _preload_content=False, _request_timeout=_TIMEOUT_S)
@@ -253,7 +250,7 @@ class Client:
                 words = str(error.__context__.reason)
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 words = str(error)
-            if self._clock() + pause_s > deadline:
+            if time.monotonic() + pause_s > deadline:
                 raise KubernetesUnreachable(f"the Kubernetes API does not answer: {' '.join(words.split())}")
             time.sleep(pause_s)
         raise AssertionError("pauses do not end")
