@@ -166,6 +166,11 @@ def silent_s(control: Control) -> float:
     return time.time() - float((read_json(control.status) or {}).get("seen_at") or 0.0)
 
 
+def tells_of_life(control: Control) -> bool:
+    """Whether the coordinator has written its status just now."""
+    return silent_s(control) < FRESH_S
+
+
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSON-lines file. What is no JSON object is passed over: a line that is still being written, or
     that a full disk or a kill has cut short."""

@@ -24,7 +24,7 @@ from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.nodescript import registering_script
 from dtrain.cluster.ports import PortRange, ports_of_no_connection
 from dtrain.cluster.procs import Liveness, ProcessId
-from dtrain.cluster.rundir import FRESH_S, Control, RunDir, read_json, silent_s, write_atomic, write_once
+from dtrain.cluster.rundir import Control, RunDir, read_json, tells_of_life, write_atomic, write_once
 from dtrain.cluster.sshcall import Answer, call, call_all, ssh_argv
 from dtrain.cluster.sshscript import (
     check_script,
@@ -113,7 +113,7 @@ class SshBackend(Unscheduled):
         control = _control(plan)
         if control.ended.exists():
             return "gone"
-        if silent_s(control) < FRESH_S:
+        if tells_of_life(control):
             return "alive"
         return _asked.ask(plan.job_id, max_age_s, lambda: self._ask(plan))
 

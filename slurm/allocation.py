@@ -16,7 +16,7 @@ from dtrain.cluster.backends import Loss, too_few
 from dtrain.cluster.errors import DtrainError, UsageError
 from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.procs import Liveness, ProcessId
-from dtrain.cluster.rundir import FRESH_S, Control, RunDir, read_json, silent_s, write_atomic, write_once
+from dtrain.cluster.rundir import Control, RunDir, read_json, tells_of_life, write_atomic, write_once
 from dtrain.cluster.unscheduled import Unscheduled
 from dtrain.cluster.zygote import Zygote
 from dtrain.slurm import owner
@@ -84,7 +84,7 @@ class AllocationBackend(NodeSide, Unscheduled):
             return "alive"
         if control.ended.exists():
             return "gone"
-        if here == "unknown" and silent_s(control) < FRESH_S:
+        if here == "unknown" and tells_of_life(control):
             return "alive"  # srun is of another host; Slurm need not be asked
         try:
             return "alive" if self._steps(plan) else "gone"

@@ -34,7 +34,7 @@ from dtrain.cluster.kubernetes.standing import Found, Standing, index_of, is_liv
 from dtrain.cluster.kubernetes.trial import refusal
 from dtrain.cluster.ports import PortRange, ports_of_no_connection
 from dtrain.cluster.procs import Liveness
-from dtrain.cluster.rundir import FRESH_S, Control, RunDir, read_json, remove, silent_s, write_atomic, write_once
+from dtrain.cluster.rundir import Control, RunDir, read_json, remove, tells_of_life, write_atomic, write_once
 from dtrain.cluster.zygote import Zygote
 
 _MISSING_S = 5.0  # between two looks while nodes are missing: one may wait for us, see `_settle`
@@ -90,7 +90,7 @@ class KubernetesBackend:
         """From the run directory as long as that tells of all nodes at work; else the cluster is asked."""
         control = _control(plan)
         status = read_json(control.status) or {}
-        fresh = silent_s(control) < FRESH_S and not control.ended.exists()
+        fresh = tells_of_life(control) and not control.ended.exists()
         if fresh and _all_work(plan, status):
             return "alive"
         standing = _asked.ask(plan.job_id, min(max_age_s, _MISSING_S) if fresh else max_age_s, lambda: self._ask(plan))
@@ -145,7 +145,7 @@ class KubernetesBackend:
         control = _control(plan)
         start = int(control.incarnation.read_text()) if control.incarnation.exists() else 0
         write_once(control.stop(start), "asked for by a person", 0o600)
-        if silent_s(control) > FRESH_S or control.ended.exists():
+        if not tells_of_life(control) or control.ended.exists():
             self._client(plan).delete_job(object_name(plan))
 
     def kill(self, plan: JobPlan) -> None:
@@ -248,7 +248,7 @@ def _lost(plan: JobPlan, pods: Sequence[Object]) -> list[Object]:
     """Pods that the Job waits for in vain. Whether a node is out of reach tells the coordinator's status."""
     control = _control(plan)
     status = read_json(control.status) or {}
-    told = silent_s(control) < FRESH_S
+    told = tells_of_life(control)
     heard_of = _heard_of(status)
     return [pod for pod in pods if is_lost(pod, time.time(), silent=told and index_of(pod) not in heard_of)]
 

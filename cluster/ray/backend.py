@@ -27,7 +27,7 @@ from dtrain.cluster.ray.jobs import Jobs, RayRefused, RayUnreachable
 from dtrain.cluster.ray.node import ADDRESS
 from dtrain.cluster.ray.resources import bundle
 from dtrain.cluster.ray.sealed import new_key, seal
-from dtrain.cluster.rundir import FRESH_S, put_end, silent_s, write_atomic, write_once
+from dtrain.cluster.rundir import FRESH_S, put_end, tells_of_life, write_atomic, write_once
 from dtrain.cluster.sshscript import exported
 from dtrain.cluster.zygote import Zygote
 
@@ -112,7 +112,7 @@ class RayBackend:
         standing = files.standing()
         if standing is not None and standing.phase == "over":
             return "gone"
-        if silent_s(files.control) < FRESH_S or (standing is not None and standing.age_s < FRESH_S):
+        if tells_of_life(files.control) or (standing is not None and standing.age_s < FRESH_S):
             return "alive"
         return _asked.ask(plan.job_id, max_age_s, lambda: self._ask(plan))[0]
 
