@@ -34,11 +34,11 @@ def check_layout(strategy: StrategyConfig, nodes: int, procs_per_node: int) -> l
     """(key, message) of everything that does not fit; empty where it does. The message holds the whole equation."""
     world_size = nodes * procs_per_node
     ranks = f"{nodes} {'node' if nodes == 1 else 'nodes'} x {procs_per_node} = {world_size}"
-    own, left_out = _AXES.get(strategy.name, ()), _degrees(StrategyConfig())
+    own = _AXES.get(strategy.name, ())
     foreign = [
         (f"{KEY}.{axis}", f"{axis} {degree} does not go with {strategy.name}: {_NOT_ITS_OWN[strategy.name]}.")
         for axis, degree in _degrees(strategy).items()
-        if axis not in own and degree != left_out[axis]
+        if axis not in own and degree != _LEFT_OUT[axis]
     ]
     foreign += _without_tensor(strategy)
     if strategy.offload != "none" and strategy.name not in ZERO:
@@ -78,12 +78,14 @@ def _degrees(strategy: StrategyConfig) -> dict[Axis, int | str]:
     return {axis: getattr(strategy, axis) for axis in AXES}
 
 
+_LEFT_OUT = _degrees(StrategyConfig())
+
+
 def _product(strategy: StrategyConfig, world_size: int, ranks: str) -> list[tuple[str, str]]:
-    left_out = _degrees(StrategyConfig())
     own = {
         axis: degree
         for axis, degree in _degrees(strategy).items()
-        if axis in _AXES[strategy.name] and (degree, left_out[axis]) != (1, 1)
+        if axis in _AXES[strategy.name] and (degree, _LEFT_OUT[axis]) != (1, 1)
     }
     given = {axis: int(degree) for axis, degree in own.items() if degree != "auto"}
     product = math.prod(given.values())
