@@ -5,8 +5,6 @@ The sections belong to their folders; here they are put together, checked agains
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import unicodedata
@@ -31,16 +29,10 @@ from dtrain.runtime.scriptconfig import SCRIPT_KEY, ScriptCheckpointConfig, Scri
 from dtrain.strategies.config import StrategyConfig
 
 # Another model, data, optimizer, loss, seed or batch is another training; everything else may change on the way.
-IDENTITY = {
-    "model": ("model",),
-    "data": ("data.train", "data.collate", "data.forward", "data.shuffle", "data.streams"),
-    "optimizer": ("optimizer",),
-    "loss": ("loss", "loss_closure"),
-    "count": ("count",),
-    "seed": ("train.seed",),
-    "batch_size": ("data.batch_size",),
-    "script": (SCRIPT_KEY,),
-}
+_IDENTITY = (
+    "model", "optimizer", "loss", "loss_closure", "count", "train.seed", SCRIPT_KEY,
+    "data.train", "data.collate", "data.forward", "data.shuffle", "data.streams", "data.batch_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,24 +262,17 @@ def dump_resolved(config: LaunchConfig) -> str:
 # ---- identity ----
 
 
-def fingerprint(config: LaunchConfig) -> dict[str, str]:
-    """A digest for each section that makes a training what it is."""
-    flat = flatten(config.resolved)
-    return {section: _digest(_under(flat, prefixes)) for section, prefixes in IDENTITY.items()}
-
-
 def diff_identity(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """`model.layers: 4 -> 6` for everything that differs between two resolved configs: first what makes the new one
     another training, then the rest."""
     before, after = flatten(old), flatten(new)
-    own = [prefix for prefixes in IDENTITY.values() for prefix in prefixes]
     identity: list[str] = []
     rest: list[str] = []
     for key in dict.fromkeys([*after, *before]):
         if _same(before.get(key), after.get(key)):  # a key that one version does not know is as good as null
             continue
         line = f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
-        (identity if _under({key: None}, own) else rest).append(line)
+        (identity if _is_identity(key) else rest).append(line)
     return identity, rest
 
 
@@ -302,20 +287,12 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _under(flat: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in flat.items()
-        if any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
-    }
+def _is_identity(key: str) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in _IDENTITY)
 
 
 def _same(old: Any, new: Any) -> bool:
     return bool(old == new or (old != old and new != new))  # nan is nan
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _shown(flat: Mapping[str, Any], key: str) -> str:

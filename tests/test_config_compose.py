@@ -15,7 +15,7 @@ import yaml
 
 from dtrain.cluster.errors import ConfigError
 from dtrain.launcher import cli, reference
-from dtrain.launcher.compose import LaunchConfig, diff_identity, dump_resolved, fingerprint, load_config
+from dtrain.launcher.compose import LaunchConfig, diff_identity, dump_resolved, load_config
 from dtrain.launcher.plan import make_plan
 from dtrain.launcher.topology import NodeShape, shape_nodes
 from dtrain.runtime.config import (
@@ -165,24 +165,22 @@ def _with(*words: str) -> LaunchConfig:
 
 
 @pytest.mark.parametrize(
-    ("word", "section", "line"),
+    ("word", "line"),
     [
-        ("model.width=9", "model", "model.width: 8 -> 9"),
-        ("model.depth=2", "model", "model.depth: (not there) -> 2"),
-        ("data.train=m.Other", "data", "data.train._target_: m.Data -> m.Other"),
-        ("data.shuffle=false", "data", "data.shuffle: true -> false"),
-        ("data.batch_size=9", "batch_size", "data.batch_size: 8 -> 9"),
-        ("optimizer.groups.0.weight_decay=1", "optimizer", "optimizer.groups.0.weight_decay: 0 -> 1"),
-        ("loss=m.loss", "loss", "loss._target_: (not there) -> m.loss"),
-        ("count=m.count", "count", "count._target_: (not there) -> m.count"),
-        ("train.seed=6", "seed", "train.seed: 5 -> 6"),
+        ("model.width=9", "model.width: 8 -> 9"),
+        ("model.depth=2", "model.depth: (not there) -> 2"),
+        ("data.train=m.Other", "data.train._target_: m.Data -> m.Other"),
+        ("data.shuffle=false", "data.shuffle: true -> false"),
+        ("data.batch_size=9", "data.batch_size: 8 -> 9"),
+        ("optimizer.groups.0.weight_decay=1", "optimizer.groups.0.weight_decay: 0 -> 1"),
+        ("loss=m.loss", "loss._target_: (not there) -> m.loss"),
+        ("count=m.count", "count._target_: (not there) -> m.count"),
+        ("train.seed=6", "train.seed: 5 -> 6"),
     ],
 )
-def test_identity(word: str, section: str, line: str) -> None:
+def test_identity(word: str, line: str) -> None:
     old, new = _with(), _with(word)
     assert diff_identity(old.resolved, new.resolved) == ([line], [])
-    before, after = fingerprint(old), fingerprint(new)
-    assert [key for key in before if before[key] != after[key]] == [section]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +196,6 @@ def test_identity(word: str, section: str, line: str) -> None:
 def test_what_may_change_on_the_way(word: str, line: str) -> None:
     old, new = _with(), _with(word)
     assert diff_identity(old.resolved, new.resolved) == ([], [line])
-    assert fingerprint(old) == fingerprint(new)
 
 
 def test_a_key_that_an_older_version_did_not_have_is_no_difference() -> None:
