@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.cluster.atomic import append_line, lock_within, replace_file
+from dtrain.cluster.copyfolder import LOCK, MARK, STATE, files_of, remove_old, sign_of
 from dtrain.cluster.errors import AlreadyExists, StorageError
 from dtrain.cluster.growing import Incoming, Outgoing
 from dtrain.cluster.remote import GROWING, digest_of, kind_of
 from dtrain.cluster.storage import RETRY_S, ObjectInfo, Storage, open_storage
 
 VARIABLE = "DTRAIN_MIRROR"  # on a node: the folder of its copies
-_MARK = ".remote.json"  # {"url", "node"} at the top of a copy
-_STATE = ".mirror.json"
 _RETRY_S = 4.0  # of what is tried again anyway
 _PAUSE_S = 1.0
 _LOCK_S = 10.0  # with another process that has the copy in its hands: one that was stopped must not stop the others
@@ -68,7 +67,7 @@ def _marked(top: str) -> str:
     """The URL of a copy that another process has made; "" for any other folder. Asked of the disk once: a copy is
     marked before a process that works on it starts, and the one that makes it knows it by `_urls`."""
     try:
-        return str(json.loads(Path(top, _MARK).read_bytes())["url"])
+        return str(json.loads(Path(top, MARK).read_bytes())["url"])
     except (OSError, ValueError):
         return ""
 
@@ -92,10 +91,12 @@ class Mirror:
         self.url = url
         self.top = top
         top.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not (top / _MARK).exists():
+        if not (top / MARK).exists():
             mark = {"url": url, "node": str(top.parent) == os.environ.get(VARIABLE)}
-            replace_file(top / _MARK, json.dumps(mark).encode())
-        self.on_node = bool(json.loads((top / _MARK).read_bytes())["node"])
+            replace_file(top / MARK, json.dumps(mark).encode())
+            if not mark["node"]:
+                remove_old(top.parent)
+        self.on_node = bool(json.loads((top / MARK).read_bytes())["node"])
         self.wake: Callable[[], None] | None = None  # set by the agent's thread, which then sends what is written
         self.job_id = ""  # whose records are wanted; "": that of job.json
         self._lock = threading.RLock()
@@ -203,7 +204,7 @@ class Mirror:
     def push(self) -> None:
         """Sends all that the processes of this node have written since the last time. Raises OSError besides."""
         with self._session():
-            for path in sorted(_files(self.top)):
+            for path in sorted(files_of(self.top)):
                 name = self._name(path)
                 match kind_of(name):
                     case "newest" | "joined":
@@ -214,7 +215,7 @@ class Mirror:
 
     def _push_record(self, name: str, *, once: bool) -> None:
         seen = self._seen.get(name)
-        if seen is not None and seen["sign"] == _sign(self.top / name):
+        if seen is not None and seen["sign"] == sign_of(self.top / name):
             return
         if once and seen is None:  # by a script, which has only the copy
             data = (self.top / name).read_bytes()
@@ -228,7 +229,7 @@ class Mirror:
 
     def _send_record(self, name: str) -> None:
         path = self.top / name
-        sign = _sign(path)
+        sign = sign_of(path)
         data = path.read_bytes()
         self.store.upload(name, [memoryview(data)], len(data))
         self._seen[name] = {"version": "", "sign": sign, "at": time.time()}
@@ -247,13 +248,13 @@ class Mirror:
             if self._seen[name]["at"] < began:  # else it was put after the list was made
                 seen, path = self._seen.pop(name), self.top / name
                 with contextlib.suppress(FileNotFoundError):
-                    if _sign(path) == seen["sign"]:
+                    if sign_of(path) == seen["sign"]:
                         path.unlink()
 
     def _take(self, name: str, info: ObjectInfo) -> None:
         """On a node it leaves alone what was written there and not sent yet."""
         path, seen = self.top / name, self._seen.get(name)
-        sign = _sign(path) if path.exists() else None
+        sign = sign_of(path) if path.exists() else None
         version = info.version or f"{info.size_bytes}@{info.modified_at}"
         if self.on_node and sign is not None and (seen is None or seen["sign"] != sign):
             return
@@ -265,7 +266,7 @@ class Mirror:
                 self._keep(name, data, 0o600, modified_at=info.modified_at)
             # A store that tells no versions counts times in seconds: what is young may change within one.
             young = not info.version and time.time() - info.modified_at < 5.0
-            self._seen[name] = {"version": "" if young else version, "sign": _sign(path), "at": time.time()}
+            self._seen[name] = {"version": "" if young else version, "sign": sign_of(path), "at": time.time()}
 
     def _keep(self, name: str, data: bytes, mode: int | None, modified_at: float | None = None) -> None:
         path = self.top / name
@@ -273,7 +274,7 @@ class Mirror:
         replace_file(path, data, mode)
         if modified_at is not None:
             os.utime(path, (modified_at, modified_at))
-        self._seen[name] = {"version": "", "sign": _sign(path), "at": time.time()}
+        self._seen[name] = {"version": "", "sign": sign_of(path), "at": time.time()}
 
     # ---- what is known of both sides ----
 
@@ -312,7 +313,8 @@ class Mirror:
                     self._depth -= 1
                     self._save()
                 return
-            with open(self.top / ".lock", "a") as file:
+            with open(self.top / LOCK, "a") as file:
+                os.utime(file.fileno())
                 lock_within(file.fileno(), _LOCK_S)
                 self._depth = 1
                 try:
@@ -324,7 +326,7 @@ class Mirror:
 
     def load(self) -> None:
         try:
-            self._state = json.loads((self.top / _STATE).read_bytes())
+            self._state = json.loads((self.top / STATE).read_bytes())
         except (FileNotFoundError, ValueError):
             self._state = {}
         self._saved = json.dumps(self._state)
@@ -334,25 +336,11 @@ class Mirror:
     def _save(self) -> None:
         text = json.dumps(self._state)
         if text != self._saved:
-            path = self.top / _STATE
-            temporary = path.with_name(f"{_STATE}.{os.getpid()}")
+            path = self.top / STATE
+            temporary = path.with_name(f"{STATE}.{os.getpid()}")
             temporary.write_text(text)  # it may be lost with the machine: then the copy is, too
             os.replace(temporary, path)
             self._saved = text
-
-
-def _sign(path: Path) -> list[int]:
-    """Differs when the file was written anew. Raises FileNotFoundError."""
-    status = path.stat()
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
-
-
-def _files(top: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(top):
-        if place == str(top):
-            folders[:] = [name for name in folders if name not in ("code", "checkpoints")]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _chunks(path: Path) -> Iterator[memoryview]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -176,3 +177,25 @@ def test_rank_0_goes_on_elsewhere_with_the_steps_before(copy: Copy) -> None:
     before = lines(two.metrics)
     second.fetch_growing("metrics.jsonl")  # its own are the newest: they stay
     assert lines(two.metrics) == before
+
+
+@pytest.mark.parametrize("case", ["nobody has used it", "used since", "a record not sent", "a log of its own"])
+def test_a_copy_goes_when_nobody_has_used_it_for_a_month(copy: Copy, tmp_path: Path, case: str) -> None:
+    """Another run is looked at then. Nothing goes that the store has not."""
+    client, run = copy("here", node=False)
+    rundir.write_atomic(run.job, json.dumps({"job_id": JOB}))
+    rundir.append_event(run, "tick")
+    client.refresh()
+    if case == "a record not sent":
+        run.control(JOB).status.write_text("own")
+    if case == "a log of its own":
+        run.agent_log(0).write_text("own")
+    month_ago = time.time() - 31 * 86400
+    os.utime(run.path / ".lock", (month_ago, month_ago))
+    if case == "used since":
+        client.refresh()
+    rundir.refresh(RunDir(f"file://{tmp_path}/another").path)
+    assert run.path.exists() == (case != "nobody has used it")
+    assert not list(run.path.parent.glob("*.gone"))
+    copy("here", node=False)[0].refresh()
+    assert [record["type"] for record in rundir.read_jsonl(run.events)] == ["tick"]
