@@ -11,11 +11,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import KeyPath, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    KeyPath,
+    SequenceKey,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.absent import Absent, NeedsValues, absent_like
@@ -179,11 +187,11 @@ class StagedModel:
             given = self._entering.given
             if self._entering.seed is not None:
                 seed_torch(self._entering.seed)
-            leaves, structure = tree_flatten_with_path((args, kwargs))
-            call = [given.get(path, leaf) for path, leaf in leaves]
+            paths, leaves, put_together = _taken_apart((args, kwargs))
+            call = [given.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
             if any(_is_missing(leaf) for leaf in call):
                 raise UsageError(_other_way(f"what {name} is called with"))
-            return tree_unflatten(call, structure)
+            return put_together(call)
 
         return enter
 
@@ -231,6 +239,25 @@ class _Stub(nn.Module):
             return getattr(self.__dict__["_instead_of"], name)
 
 
+_LEAVES = (Tensor, bool, int, float, str, type(None))
+
+
+def _taken_apart(call: Any) -> tuple[Sequence[KeyPath], Sequence[Any], Callable[[Sequence[Any]], Any]]:
+    """Paths and leaves of a call, (args, kwargs), and what makes a call of such leaves. Most have nothing but tensors,
+    by position: torch's way with any structure takes several times as long, and this is done for every micro-batch."""
+    args, kwargs = call
+    if not kwargs and all(isinstance(arg, _LEAVES) for arg in args):
+        return _positions(len(args)), args, lambda leaves: (tuple(leaves), {})
+    found, structure = tree_flatten_with_path(call)
+    return [path for path, _ in found], [leaf for _, leaf in found], lambda leaves: tree_unflatten(leaves, structure)
+
+
+@cache
+def _positions(count: int) -> tuple[KeyPath, ...]:
+    """Paths of a call's arguments, as torch writes them."""
+    return tuple((SequenceKey(0), SequenceKey(position)) for position in range(count))
+
+
 def _is_missing(leaf: object) -> bool:
     return isinstance(leaf, Absent) and not isinstance(leaf, nn.Parameter)
 
@@ -245,10 +272,11 @@ def _other_way(what: str) -> str:
 
 def _leaving(name: str, call: Any, crossings: Sequence[Crossing]) -> list[Tensor]:
     """What crosses over, of the call of the next stage's first unit. Raises UsageError where it is not as expected."""
-    leaves = dict(tree_flatten_with_path(call)[0])
+    paths, leaves, _ = _taken_apart(call)
+    found_at = dict(zip(paths, leaves, strict=True))
     sent = []
     for crossing in crossings:
-        found = leaves.get(crossing.path)
+        found = found_at.get(crossing.path)
         if not isinstance(found, Tensor) or _is_missing(found):
             raise UsageError(_other_way(f"what {name} is called with"))
         if (tuple(found.shape), found.dtype) != (crossing.shape, crossing.dtype):
