@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dtrain.runtime.config import DataConfig, Target, TrainConfig
-from dtrain.runtime.order import num_micro_batches
+from dtrain.runtime.shares import num_micro_batches
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.layout import check_layout, degrees_of
 from dtrain.strategies.pipelinesplit import refused_micro_batches, stages_a_rank

@@ -19,8 +19,8 @@ from dtrain.runtime.config import OptimizerConfig, RunConfig, TrainConfig
 from dtrain.runtime.data import seed_everything
 from dtrain.runtime.hfnames import Translate, names_from_files
 from dtrain.runtime.modelconfig import ModelConfig
-from dtrain.runtime.order import num_micro_batches, num_samples_at_once
 from dtrain.runtime.ranks import Ranks
+from dtrain.runtime.shares import num_micro_batches, num_samples_at_once
 from dtrain.strategies.caps import Caps, refused, refused_deferred
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.deferred import Deferred, Initial

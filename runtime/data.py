@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from dtrain.cluster.errors import UsageError
-from dtrain.runtime.order import Ints, mix, num_micro_batches, rank_slice, sample_indices
+from dtrain.runtime.order import Ints, mix, sample_indices
 from dtrain.runtime.report import find_place
+from dtrain.runtime.shares import num_micro_batches, rank_slice
 from dtrain.strategies.seeding import seed_torch
 
 Count = Callable[[Any], float]

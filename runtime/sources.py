@@ -14,8 +14,8 @@ from dtrain.cluster.errors import UsageError
 from dtrain.runtime import targets
 from dtrain.runtime.config import STREAM_KEYWORDS, RunConfig
 from dtrain.runtime.data import BatchPlan, MapSource, PassPlan, Plan, Source, check_dataset, seed_everything
-from dtrain.runtime.order import num_classes, samples_used, streams_of
 from dtrain.runtime.shardplan import ShardPlan
+from dtrain.runtime.shares import num_classes, samples_used, streams_of
 from dtrain.runtime.streams import Opener, Stream
 from dtrain.runtime.streamsource import Dealing, StreamPass, StreamSource, saved_places
 from dtrain.runtime.targetconfig import Target

@@ -12,14 +12,7 @@ from typing import Any
 
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime.data import Portion
-from dtrain.runtime.order import (
-    dealt_positions,
-    keeps_state,
-    num_classes,
-    num_micro_batches,
-    samples_used,
-    streams_of,
-)
+from dtrain.runtime.shares import dealt_positions, keeps_state, num_classes, num_micro_batches, samples_used, streams_of
 from dtrain.runtime.streams import Place, Stream
 
 

@@ -31,13 +31,13 @@ from dtrain.runtime.evaluate import Evaluation
 from dtrain.runtime.evaluations import Evaluations, is_due
 from dtrain.runtime.metrics import MetricsLog
 from dtrain.runtime.mirroring import before_commit
-from dtrain.runtime.order import num_micro_batches
 from dtrain.runtime.pretrained import initialize, initialized_event, initialized_lines
 from dtrain.runtime.progress import Phase, ProgressWriter
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import Reporter
 from dtrain.runtime.saving import CheckpointSaves, Restored, restore
 from dtrain.runtime.schedules import make_schedule
+from dtrain.runtime.shares import num_micro_batches
 from dtrain.runtime.sources import evaluation_source, training_source
 from dtrain.runtime.stopflag import stop_flag
 from dtrain.runtime.targetlist import refuse_faulty

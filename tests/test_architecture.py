@@ -151,6 +151,12 @@ def test_torch_does_not_come_in_through_others() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_a_launch_starts_without_numpy() -> None:
+    """Nor do the commands that people wait for: to import it takes a quarter of the time to the first word."""
+    code = "import sys, dtrain.launcher.launching; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_an_agent_needs_nothing_but_dtrain_and_python() -> None:
     """What looks at a node's Python before the agent starts (cluster/nodescript.py) looks for no more."""
     code = "import sys; old = set(sys.modules); import dtrain.runtime.agent; print(*{*sys.modules} - old)"

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.runtime.data import BatchPlan
-from dtrain.runtime.order import num_micro_batches, rank_slice, sample_indices
+from dtrain.runtime.order import sample_indices
+from dtrain.runtime.shares import num_micro_batches, rank_slice
 
 
 @given(num_samples=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 5))

@@ -21,7 +21,7 @@ from dtrain.runtime import streamstate
 from dtrain.runtime.batches import Batches
 from dtrain.runtime.config import DataConfig, RunConfig
 from dtrain.runtime.data import DataError, count_samples
-from dtrain.runtime.order import dealt_positions, keeps_state, num_micro_batches, samples_used, streams_of
+from dtrain.runtime.shares import dealt_positions, keeps_state, num_micro_batches, samples_used, streams_of
 from dtrain.runtime.sources import evaluation_source, training_source
 from dtrain.runtime.targetconfig import Target
 from dtrain.strategies.degrees import DataRank, Degrees

@@ -22,12 +22,12 @@ from dtrain.runtime.batches import Batches
 from dtrain.runtime.build import build, has_batch_statistics
 from dtrain.runtime.config import RunConfig, read_run_config
 from dtrain.runtime.data import Source
-from dtrain.runtime.order import num_micro_batches
 from dtrain.runtime.pretrained import initialize
 from dtrain.runtime.progress import ProgressWriter
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.report import Reporter
 from dtrain.runtime.schedules import make_schedule
+from dtrain.runtime.shares import num_micro_batches
 from dtrain.runtime.sources import training_source
 from dtrain.runtime.targetlist import refuse_faulty
 from dtrain.runtime.task import autocast, make_task

@@ -17,9 +17,9 @@ from dtrain.cluster.filestore import FileStorage
 from dtrain.runtime.buffers import SharedBuffers
 from dtrain.runtime.checkpoint import share
 from dtrain.runtime.checkpoint.checkpointer import Checkpointer
-from dtrain.runtime.order import rank_slice
 from dtrain.runtime.ranks import Ranks
 from dtrain.runtime.saving import restore
+from dtrain.runtime.shares import rank_slice
 from dtrain.runtime.task import autocast, forward
 from dtrain.strategies.config import StrategyConfig, StrategyName
 from dtrain.strategies.exact import materialize_exact
