@@ -14,6 +14,7 @@ import pytest
 from dtrain.cluster import growing, mirror, rundir
 from dtrain.cluster.mirror import Mirror
 from dtrain.cluster.rundir import RunDir
+from dtrain.cluster.storage import ObjectInfo
 
 JOB = "job-1"
 Copy = Callable[..., tuple[Mirror, RunDir]]
@@ -114,6 +115,27 @@ def test_lines_of_several_writers_are_joined_each_once(copy: Copy, monkeypatch: 
     assert [record["number"] for record in rundir.read_jsonl(elsewhere.events)] == expected  # by time
 
 
+def test_two_that_take_the_same_generation_lose_no_line(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "newest_generation", lambda store, name: 0)  # as both saw it
+    (_, one), (_, two), (client, here) = copy("one"), copy("two"), copy("here", node=False)
+    _, there = copy("there", node=False)
+    for number, run in enumerate((one, here, two, there)):
+        rundir.append_event(run, "tick", number=number)
+    client.refresh()
+    assert sorted(record["number"] for record in rundir.read_jsonl(here.events)) == [0, 1, 2, 3]
+
+
+def test_a_line_that_is_half_there_is_not_joined_with_another_writers(copy: Copy) -> None:
+    (first, one), (second, two), (client, here) = copy("one"), copy("two"), copy("here", node=False)
+    for written, other, expected in (("a\nb", "c\n", ["a", "c"]), ("a\nbb\n", "c\nd\n", ["a", "bb", "c", "d"])):
+        one.agent_log(0).write_text(written)
+        two.agent_log(0).write_text(other)
+        first.push()
+        second.push()
+        client.refresh()
+        assert sorted(lines(here.agent_log(0))) == expected
+
+
 def test_a_log_is_whole_whatever_its_writer_and_its_reader_forget(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that dies after it sent a part and before it knows so; a reader that dies after it wrote lines."""
     monkeypatch.setattr(growing, "PART_BYTES", 64)
@@ -140,6 +162,26 @@ def test_a_log_is_whole_whatever_its_writer_and_its_reader_forget(copy: Copy, mo
         assert lines(theirs) == lines(ours)
 
 
+def test_who_sees_the_end_has_all_that_was_written_before_it(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node's last line and the end come while the reader looks, after the first of its two looks."""
+    (node, run), (client, here) = copy("node"), copy("here", node=False)
+    folder, look = f"control/{JOB}/", client.store.list
+
+    def then_it_ends(prefix: str = "") -> Iterator[ObjectInfo]:
+        found = list(look(prefix))
+        if prefix in ("logs/", folder) and not run.control(JOB).ended.exists():
+            run.log(1, 0).write_text("the last line\n")
+            node.push()
+            rundir.write_once(run.control(JOB).ended, "end")
+        return iter(found)
+
+    monkeypatch.setattr(client.store, "list", then_it_ends)
+    for _ in range(2):
+        client.refresh()
+        assert here.log(1, 0).exists() or not here.control(JOB).ended.exists()
+    assert here.control(JOB).ended.exists()
+
+
 def test_a_writer_that_died_over_its_first_part_goes_on_with_it(copy: Copy) -> None:
     node, run = copy("node")
     run.agent_log(0).write_text("one\n")
@@ -164,6 +206,8 @@ def test_rank_0_goes_on_elsewhere_with_the_steps_before(copy: Copy) -> None:
     first.push()
     second.fetch_growing("metrics.jsonl")
     assert lines(two.metrics) == ['{"step": 1}', '{"step": 2}']
+    second.push()  # what came is not sent back: it would count as newer than its writer's
+    assert growing.newest_generation(second.store, "metrics.jsonl") == 1
     rundir.write_atomic(two.metrics, '{"step": 1}\n')
     second.push()
     with open(two.metrics, "a") as file:
@@ -177,6 +221,11 @@ def test_rank_0_goes_on_elsewhere_with_the_steps_before(copy: Copy) -> None:
     before = lines(two.metrics)
     second.fetch_growing("metrics.jsonl")  # its own are the newest: they stay
     assert lines(two.metrics) == before
+    with open(two.metrics, "a") as file:
+        file.write('{"step": 3}\n')
+    second.push()
+    client.refresh()
+    assert lines(here.metrics) == [*before, '{"step": 3}']
 
 
 @pytest.mark.parametrize("case", ["nobody has used it", "used since", "a record not sent", "a log of its own"])
