@@ -188,7 +188,7 @@ def run_entry(run: Path, script: str, ended: int | None = None, stop_after: str 
         time.sleep(0.01)
     if stop_after:
         process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=60)
     return process.returncode, said
 
 
@@ -223,7 +223,7 @@ def test_a_node_that_is_left_out_stands_by(tmp_path: Path) -> None:
 def test_a_run_directory_that_is_not_mounted_is_said(tmp_path: Path) -> None:
     environ = {**os.environ, "JOB_COMPLETION_INDEX": "0"}
     argv = ["bash", "-c", ENTRY, "dtrain", str(tmp_path / "no"), "job"]
-    done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 93
     assert "cluster.kubernetes.volumes" in done.stderr
 

@@ -126,7 +126,7 @@ def test_the_same_curve_whatever_dies(launched: Callable[..., Launched]) -> None
     members = processes_of({hurt.agent(0)})
     os.kill(ranks[-1].pid, signal.SIGKILL)
     assert process.wait(60) != 0
-    _, alive = psutil.wait_procs(members, timeout=20)
+    _, alive = psutil.wait_procs(members, timeout=60)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     assert hurt.finish() == 0, hurt.said
     assert hurt.curve() == whole.curve()

@@ -284,7 +284,7 @@ def test_while_sbatch_lives_the_run_is_being_submitted_whoever_started_it(
     assert job is not None
     assert read_status(job, look_for_checkpoint=False)["reason"] == "is being submitted"
     assert slurmclient.launch(job.run.path, python) == exits.USAGE
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while "submitted" in read_status(job, look_for_checkpoint=False)["reason"]:
         assert time.monotonic() < deadline
         time.sleep(0.1)
