@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
+from typing import Any
 
 import parity
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils.data import default_collate
@@ -14,7 +17,7 @@ from torch.utils.data import default_collate
 from dtrain.runtime.ranks import Ranks
 from dtrain.strategies.absent import absent_like, is_absent
 from dtrain.strategies.config import StrategyConfig
-from dtrain.strategies.ddp import _Bucket
+from dtrain.strategies.ddp import BucketedAllReduce
 from dtrain.strategies.pipeline import _border
 from dtrain.strategies.tensorcuts import cut_model
 from dtrain.strategies.tensorgrads import OneCopy
@@ -90,32 +93,36 @@ def elsewhere(ranks: Ranks) -> list[bool]:
     """Whether gradients that lie in another way than their parameters, or are summands, become the whole's: of the only
     copy of a model, and in the buckets that several copies sum."""
     mesh = init_device_mesh("cpu", (ranks.world_size,), mesh_dim_names=("tensor",))
+    alone, _ = dist.new_subgroups(group_size=1)  # type: ignore[no-untyped-call]
     found = []
     for place, other in _ELSEWHERE:
-        for finish in (_in_one_copy, _in_a_bucket):
+        for sync_of in (OneCopy, partial(BucketedAllReduce, group=alone)):
             held = torch.zeros(2, 2) if isinstance(place, Shard) else torch.zeros(4, 2)
             parameter = nn.Parameter(DTensor.from_local(held, mesh, (place,)))
             if isinstance(other, Shard):
                 local = _WHOLE.chunk(ranks.world_size, other.dim)[ranks.global_rank].contiguous()
             else:
                 local = _WHOLE / ranks.world_size if isinstance(other, Partial) else _WHOLE.clone()
-            finish(parameter, DTensor.from_local(local, mesh, (other,), run_check=False))
+            sync = sync_of([parameter])
+            sync.zero()
+            sync.begin(last=True)
+            given = DTensor.from_local(local, mesh, (other,), run_check=False)
+            sync.backward(_Given.apply(parameter, given))  # type: ignore[no-untyped-call]
+            sync.finish()
             gradient = parameter.grad
             assert isinstance(gradient, DTensor)
             found.append(gradient.placements == (place,) and torch.equal(gradient.full_tensor(), _WHOLE))
     return found
 
 
-def _in_one_copy(parameter: nn.Parameter, gradient: DTensor) -> None:
-    sync = OneCopy([parameter])
-    sync.zero()
-    parameter.grad = gradient
-    sync.finish()
+class _Given(torch.autograd.Function):
+    """A loss of which a parameter has a given gradient."""
 
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return torch.zeros(())
 
-def _in_a_bucket(parameter: nn.Parameter, gradient: DTensor) -> None:
-    bucket = _Bucket([parameter])
-    bucket.reset()
-    parameter.grad = gradient
-    bucket.take(0)
-    bucket.sum_partial()
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient, None
