@@ -126,8 +126,9 @@ def test_sigterm_saves_and_ends_with_85(run: Run, tmp_path: Path) -> None:
     assert run(straight, 2) == [0, 0]
     assert losses(folder) == losses(straight)
     counted = Counter(int(line) for part in tmp_path.glob("seen.*") for line in part.read_text().split())
-    # 60 steps of 13 are 2 epochs of 300 and 180 more; a rank may have read the batch that it then left out.
-    assert sum(counted.values()) in (780, 787, 786, 793)
+    # 60 steps of 13 are 2 epochs of 300 and 180 more; a rank may have read the batch that it then left out, 7 samples
+    # or 6, or the first micro-batch of it.
+    assert sum(counted.values()) - 780 in {a + b for a in (0, 3, 7) for b in (0, 3, 6)}
     assert set(counted) == set(range(300))
 
 
