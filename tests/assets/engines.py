@@ -194,7 +194,7 @@ def ray(cluster: RayCluster) -> Engine:
 
     return Engine(
         name="ray", cluster={"backend": "ray", "cpus_per_node": 1, "ray": {"address": cluster.url}}, left=cluster.kept,
-        silent=silent, full=full, lose=lose, restore=cluster.restore,
+        silent=silent, full=full, lose=lose, restore=cluster.restore, procs=1,
     )  # fmt: skip
 
 
@@ -241,6 +241,7 @@ def kubernetes(server: KubeServer, volume: Path, secret: str) -> Engine:
         name="kubernetes", cluster={"backend": "kubernetes", "kubernetes": asked},
         environ={"KUBECONFIG": str(server.kubeconfig)}, left=left, silent=silent, full=full,
         lose=lambda agents, hosts: server.kill_node(pod_of(hosts[1])["spec"]["nodeName"]), restore=restore, again=again,
+        procs=1,
     )  # fmt: skip
 
 
