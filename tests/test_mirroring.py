@@ -1,4 +1,5 @@
-"""The thread of an agent that sends what the node writes: what a worker waits for before a checkpoint, and the end."""
+"""The thread of an agent that sends what the node writes: what a worker waits for before a checkpoint, and the end.
+And the claim of a launch."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from dtrain.cluster import mirror
+from dtrain.cluster.errors import StorageError
 from dtrain.cluster.growing import newest_generation
 from dtrain.cluster.remote import part_key
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.storage import Storage, open_storage
+from dtrain.launcher import lease
 from dtrain.runtime.mirroring import Mirroring, before_commit
 from dtrain.runtime.options import Options
 
@@ -39,3 +42,25 @@ def test_what_was_written_before_a_checkpoint_and_before_the_end_is_in_the_store
         run.metrics.write_text(written)
         waits()
         assert sent(store) == written
+
+
+def test_a_store_that_fails_is_asked_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirroring = Mirroring(Options(run_dir=url, job_id="job-1", node_rank=0))
+    push, failures = mirror.Mirror.push, iter([StorageError("it is away"), OSError("it is full")])
+
+    def failing(self: mirror.Mirror) -> None:
+        for error in failures:
+            raise error
+        push(self)
+
+    monkeypatch.setattr(mirror.Mirror, "push", failing)
+    RunDir(url).metrics.write_text("line\n")
+    assert mirroring.flush(60.0)
+    assert sent(open_storage(url)) == "line\n"
+    mirroring.close()
+
+
+def test_of_two_launches_that_saw_no_other_one_is_busy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_newest_claim", lambda store: None)
+    with lease.launching(RunDir(url), "job-1"), pytest.raises(lease.Busy), lease.launching(RunDir(url), "job-2"):
+        pass
