@@ -48,7 +48,7 @@ SETTINGS = {
     "TCPTimeout": "2",
     "InactiveLimit": "0",
     "KillWait": "5",
-    "UnkillableStepTimeout": "10",
+    "UnkillableStepTimeout": "60",
     "WaitTime": "0",
     "CompleteWait": "0",
     "MinJobAge": "3600",
