@@ -47,8 +47,13 @@ def remove_old(parent: Path) -> None:
 
 def _remove_if_old(top: Path) -> None:
     with open(top / LOCK, "rb") as lock:
-        if lock_within(lock.fileno(), 0) and time.time() - os.fstat(lock.fileno()).st_mtime > _OLD_S and _is_sent(top):
+        if lock_within(lock.fileno(), 0) and time.time() - _last_used(top) > _OLD_S and _is_sent(top):
             shutil.rmtree(top.rename(top.with_name(top.name + _GONE)))
+
+
+def _last_used(top: Path) -> float:
+    """Looked into by a command, or written by a run on this machine."""
+    return max(path.stat().st_mtime for path in (top / LOCK, *files_of(top)))
 
 
 def _is_sent(top: Path) -> bool:

@@ -228,7 +228,9 @@ def test_rank_0_goes_on_elsewhere_with_the_steps_before(copy: Copy) -> None:
     assert lines(here.metrics) == [*before, '{"step": 3}']
 
 
-@pytest.mark.parametrize("case", ["nobody has used it", "used since", "a record not sent", "a log of its own"])
+@pytest.mark.parametrize(
+    "case", ["nobody has used it", "used since", "written since", "a record not sent", "a log of its own"]
+)
 def test_a_copy_goes_when_nobody_has_used_it_for_a_month(copy: Copy, tmp_path: Path, case: str) -> None:
     """Another run is looked at then. Nothing goes that the store has not."""
     client, run = copy("here", node=False)
@@ -240,7 +242,14 @@ def test_a_copy_goes_when_nobody_has_used_it_for_a_month(copy: Copy, tmp_path: P
     if case == "a log of its own":
         run.agent_log(0).write_text("own")
     month_ago = time.time() - 31 * 86400
-    os.utime(run.path / ".lock", (month_ago, month_ago))
+    for path in (path for path in run.path.rglob("*") if path.is_file()):
+        known = path.stat()
+        os.utime(path, (month_ago, month_ago))
+        if path.name not in (".lock", ".mirror.json"):  # the copy's own word of the file stays true
+            state = run.path / ".mirror.json"
+            state.write_text(state.read_text().replace(str(known.st_mtime_ns), str(path.stat().st_mtime_ns)))
+    if case == "written since":
+        os.utime(run.events)
     if case == "used since":
         client.refresh()
     rundir.refresh(RunDir(f"file://{tmp_path}/another").path)
