@@ -26,6 +26,7 @@ from dtrain.runtime.channel import connect
 from dtrain.runtime.checkpoint.attempts import Attempt
 from dtrain.runtime.control import encode
 from dtrain.runtime.coordinator import Coordinator, Job
+from dtrain.runtime.mirroring import Mirroring
 from dtrain.runtime.options import Options, Timings
 from dtrain.runtime.roster import Roster
 from dtrain.runtime.stackcalls import shorten
@@ -101,6 +102,35 @@ def test_an_agent_that_takes_long_to_end_its_workers_goes_on_listening(
 
     asyncio.run(scene())
     assert "lost" not in seen
+
+
+def test_the_end_of_an_attempt_is_told_when_its_lines_are_in_the_store(options: Options) -> None:
+    """For who reads the run directory in a bucket: after the end nothing more comes."""
+    job = make_job(options, never)
+    said: list[str] = []
+
+    class Slow(Mirroring):
+        def flush(self, timeout_s: float) -> bool:
+            time.sleep(0.3)
+            said.append("sent")
+            return True
+
+    async def scene() -> None:
+        roster = Roster(RunDir(options.run_dir).control("job"), job.token, 1, TIMINGS, nobody)
+        port = await roster.open("127.0.0.1")
+        agent = Agent(job, options, mirroring=Slow(options))
+        channel = await agent._introduce(await connect("127.0.0.1", port, job.token, 1.0))
+        serving = asyncio.create_task(agent._serve(channel))
+        roster.send(0, {"op": "kill", "attempt": 1})
+        while "killed" not in said:
+            said.append((await asyncio.wait_for(roster.inbox.get(), 10))[1]["op"])
+        roster.broadcast({"op": "end", "exit_code": 85})
+        assert await asyncio.wait_for(serving, 10) == 85
+        channel.close()
+        await roster.close()
+
+    asyncio.run(scene())
+    assert [word for word in said if word in ("sent", "killed")] == ["sent", "killed"]
 
 
 def test_a_stop_is_not_held_up_by_a_store_that_does_not_answer(options: Options) -> None:
