@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import DataLoader, default_collate, get_worker_info
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from dtrain.cluster.errors import UsageError
 from dtrain.runtime.data import Count, DataError, Interrupted, Portion, Source, explain, to_device
@@ -64,19 +63,6 @@ class _Collate:
         except Exception as error:
             return _hand_on(explain(_what_failed(portion), error))
         return _Loaded(batch, portion.weight, portion.indices, portion.mark)
-
-
-class _ReadHere:
-    """A micro-batch without loader processes."""
-
-    def __init__(self, reader: _Reader, together: _Collate, pin: bool) -> None:
-        self._reader = reader
-        self._together = together
-        self._pin = pin
-
-    def __call__(self, part: Any) -> Any:
-        loaded = self._together(self._reader.__getitems__(part))
-        return pin_memory(loaded) if self._pin else loaded  # type: ignore[no-untyped-call]
 
 
 def _what_failed(portion: Portion) -> str:
@@ -131,9 +117,9 @@ class Batches:
         self._queue: queue.Queue[Any] | None = None
         self._closed = False
         reader, together, pin = _Reader(source), _Collate(collate), device.type == "cuda"
-        if not workers:
+        if not workers and not pin:
             # Samples are read right here, the data set's random numbers are this process's: a loader would add nothing.
-            self._loaded: Iterator[Any] = map(_ReadHere(reader, together, pin), self._sampler())
+            self._loaded: Iterator[Any] = (together(reader.__getitems__(part)) for part in self._sampler())
             return
         loader: DataLoader[Any] = DataLoader(
             cast(Any, reader),
@@ -146,10 +132,10 @@ class Batches:
             worker_init_fn=_prepare_loader,
         )
         self._loaded = iter(loader)
-        # A thread waits for the loader processes, so that this one can see a stop request.
-        self._queue = queue.Queue(maxsize=1)
-        self._thread = threading.Thread(target=self._pump, args=(self._queue,), name="dtrain-loader", daemon=True)
-        self._thread.start()
+        if workers:  # a thread waits for them, so that this one can see a stop request
+            self._queue = queue.Queue(maxsize=1)
+            self._thread = threading.Thread(target=self._pump, args=(self._queue,), name="dtrain-loader", daemon=True)
+            self._thread.start()
 
     def __enter__(self) -> Batches:
         return self
