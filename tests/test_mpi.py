@@ -19,7 +19,7 @@ import psutil
 import pytest
 from launched import CONFIG, DTRAIN, Launched
 from sessions import processes_of
-from slurmcluster import SlurmCluster
+from slurmcluster import PMIX, SlurmCluster
 
 from dtrain.cluster import exits
 from dtrain.cluster.errors import UsageError
@@ -169,7 +169,7 @@ def test_two_machines_under_srun(
 ) -> None:
     """Which Slurm tells MPI of, MPICH by PMI-2 and Open MPI by PMIx: two ranks on each."""
     if kind == "pmix":
-        _install_pmix()
+        _needs_pmix()
     options = (f"--mpi={kind}", "-N2", "--ntasks-per-node=2", "--overcommit", "--kill-on-bad-exit=1")
     job = launched("under-srun", ("srun", *options))
     with pytest.MonkeyPatch.context() as patch:
@@ -182,9 +182,9 @@ def test_two_machines_under_srun(
     assert (began["nodes"], began["world_size"]) == (2, 4)
 
 
-def _install_pmix() -> None:
-    """What Slurm's plugin loads, which its package does not bring."""
+def _needs_pmix() -> None:
+    """Which the cluster has installed before its slurmds started, where it could be had."""
     try:
-        debian.install("srun --mpi=pmix", ["libpmix-dev"], [], ["*/pmix2/lib/libpmix.so"])
+        debian.install(*PMIX)
     except debian.Missing as missing:
         pytest.skip(str(missing))
