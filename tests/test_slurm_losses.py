@@ -75,6 +75,9 @@ def lose(run: Run, node_rank: int) -> str:
 
 
 def bring_back(slurm: SlurmCluster, name: str) -> None:
+    """Not before Slurm knows that it was away: a run without it is often the quicker one, and a node that comes back
+    unnoticed stays in its job."""
+    slurm.wait_state(name, "down*", "down")
     slurm.boot_node(name)
     slurm.wait_state(name, "idle")
 
