@@ -30,7 +30,8 @@ from debian import Missing
 from machines import Machine, Network, wait_gone
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
-PMIX = ("srun --mpi=pmix", ["libpmix-dev"], [], ["*/pmix2/lib/libpmix.so"])  # what Slurm's plugin loads
+# What Slurm's plugin loads.
+PMIX = ("srun --mpi=pmix", ("libpmix-dev",), ("srun",), ("*/pmix2/lib/libpmix.so",))
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "setpriv", "unshare", "nsenter", "setsid", "bash")
 READY_S = 60.0
 POLL_S = 0.05
