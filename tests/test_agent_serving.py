@@ -6,17 +6,16 @@ import asyncio
 import json
 import os
 import secrets
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toyjob import toy_plan
 
 from dtrain.cluster.errors import StorageError, UsageError
 from dtrain.cluster.interfaces import LOOPBACK
-from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.local import LocalBackend
 from dtrain.cluster.procs import ProcessId
 from dtrain.cluster.rundir import RunDir, read_json
@@ -44,24 +43,7 @@ def options(tmp_path: Path) -> Options:
 
 
 def make_job(options: Options, claim: Any) -> Job:
-    plan = JobPlan(
-        name="toy",
-        run_dir=options.run_dir,
-        job_id="job",
-        backend="local",
-        nodes=1,
-        procs_per_node=1,
-        gpus_per_node=0,
-        threads_per_proc=1,
-        python=sys.executable,
-        argv=(),
-        cwd=options.run_dir,
-        sys_path=(),
-        env={},
-        checkpoint_url=options.run_dir + "/checkpoints",
-        workers="exec",
-        max_restarts_without_progress=3,
-    )
+    plan = toy_plan(Path(options.run_dir), job_id="job")
     token = bytes.fromhex(RunDir(options.run_dir).control("job").token.read_text())
     return Job(plan=plan, backend=LocalBackend(), interface=LOOPBACK, token=token, timings=TIMINGS, claim=claim)
 

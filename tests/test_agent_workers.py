@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import textwrap
 import time
 from collections.abc import Awaitable, Callable
@@ -15,9 +14,9 @@ from typing import Any, Literal
 
 import psutil
 import pytest
+from toyjob import toy_plan
 
 from dtrain.cluster.errors import CorruptCheckpoint, FencedError, UsageError
-from dtrain.cluster.jobplan import JobPlan
 from dtrain.cluster.rundir import RunDir
 from dtrain.cluster.storage import open_storage
 from dtrain.launcher.commands.logs import LineParser
@@ -37,24 +36,8 @@ class Node:
         module = f"worker_{abs(hash(body)) % 10**9}"
         text = "import json, os, signal, sys, threading, time\n\ndef main(env):\n" + textwrap.indent(body, "    ")
         (tmp_path / f"{module}.py").write_text(text)
-        plan = JobPlan(
-            name="toy",
-            run_dir=str(tmp_path),
-            job_id="toy-1",
-            backend="local",
-            nodes=1,
-            procs_per_node=2,
-            gpus_per_node=0,
-            threads_per_proc=1,
-            python=sys.executable,
-            argv=(),
-            cwd=str(tmp_path),
-            sys_path=(str(tmp_path),),
-            env={"TOY": "from the plan"},
-            checkpoint_url=str(tmp_path / "checkpoints"),
-            workers=workers,
-            max_restarts_without_progress=3,
-        )
+        changes = {"procs_per_node": 2, "sys_path": (str(tmp_path),), "env": {"TOY": "from the plan"}}
+        plan = toy_plan(tmp_path, workers=workers, **changes)
         self.messages: list[dict[str, Any]] = []
         self.log = RunDir(tmp_path).log(1, 0)
         names = tuple(name for name in preload.split(",") if name)

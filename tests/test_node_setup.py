@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toyjob import toy_plan
 
 from dtrain.cluster import nodescript
 from dtrain.cluster.errors import ConfigError, UsageError
@@ -33,26 +33,7 @@ TOKEN = "s3cr3t/+value"
 
 
 def plan(run_dir: Path, *setup: str, python: str = sys.executable, **more: Any) -> JobPlan:
-    made = JobPlan(
-        name="toy",
-        run_dir=str(run_dir),
-        job_id="job",
-        backend="local",
-        nodes=2,
-        procs_per_node=1,
-        gpus_per_node=0,
-        threads_per_proc=1,
-        python=python,
-        argv=(),
-        cwd=str(run_dir),
-        sys_path=(),
-        env={},
-        checkpoint_url=str(run_dir / "checkpoints"),
-        workers="exec",
-        max_restarts_without_progress=3,
-        setup=setup,
-    )
-    return replace(made, **more)
+    return toy_plan(run_dir, **{"job_id": "job", "nodes": 2, "python": python, "setup": setup, **more})
 
 
 # ---- the shell before the agent ----

@@ -82,6 +82,29 @@ class ToyJob:
         return ended
 
 
+def toy_plan(folder: Path, /, **changes: Any) -> JobPlan:
+    """One node with one worker, on this machine; all in `folder` but what `changes` has elsewhere."""
+    plan = JobPlan(
+        name="toy",
+        run_dir=str(folder),
+        job_id="toy-1",
+        backend="local",
+        nodes=1,
+        procs_per_node=1,
+        gpus_per_node=0,
+        threads_per_proc=1,
+        python=sys.executable,
+        argv=(),
+        cwd=str(folder),
+        sys_path=(),
+        env={},
+        checkpoint_url=str(folder / "checkpoints"),
+        workers="exec",
+        max_restarts_without_progress=3,
+    )
+    return replace(plan, **changes)
+
+
 def start_job(
     folder: Path,
     script: dict[str, Any],
@@ -92,25 +115,8 @@ def start_job(
     **changes: Any,
 ) -> ToyJob:
     """`script`: of the toy worker; `changes`: of the plan, 2 nodes x 2 workers. The caller kills what still runs."""
-    plan = JobPlan(
-        name="toy",
-        run_dir=str(folder),
-        job_id="toy-1",
-        backend="local",
-        nodes=2,
-        procs_per_node=2,
-        gpus_per_node=0,
-        threads_per_proc=1,
-        python=sys.executable,
-        argv=(),
-        cwd=str(folder),
-        sys_path=(str(Path(__file__).parent.parent),),
-        env={},
-        checkpoint_url=str(folder / "checkpoints"),
-        workers="warm",
-        max_restarts_without_progress=3,
-    )
-    plan = replace(plan, **changes)
+    toy = {"nodes": 2, "procs_per_node": 2, "workers": "warm", "sys_path": (str(Path(__file__).parent.parent),)}
+    plan = toy_plan(folder, **{**toy, **changes})
     times = json.dumps({**TIMINGS, **(timings or {})})
     args = ("--entry", "toyworker:main", "--preload", "", "--timings", times)
     job = ToyJob(plan=plan, backend=backend_class(agent_args=args))
