@@ -15,7 +15,7 @@ import time
 import traceback
 from typing import Any
 
-from rank_environ import adopt
+from rank_environ import adopt, place_of
 
 from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.ranks import process_group
@@ -46,22 +46,7 @@ def start(
     try:
         os.dup2(2, 1)  # stdout is for the results
         adopt(request["environ"])
-        env = WorkerEnv(
-            run_dir="",
-            name="case",
-            job_id="job",
-            attempt=1,
-            global_rank=rank,
-            local_rank=rank,
-            node_rank=0,
-            world_size=request["world_size"],
-            local_world_size=request["world_size"],
-            num_nodes=1,
-            master_addr="127.0.0.1",
-            master_port=listener.getsockname()[1],
-            device="cpu",
-            store_fd=listener.fileno() if rank == 0 else -1,
-        )
+        env = place_of(rank, request["world_size"], listener)
         with open(answer, "w") as file:
             json.dump(call(request, env), file)
         os.read(stay[0], 1)

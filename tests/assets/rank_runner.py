@@ -19,11 +19,10 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
-from rank_environ import adopt
+from rank_environ import adopt, place_of
 
 from dtrain.cluster.errors import StorageError
 from dtrain.cluster.filestore import FileStorage
-from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime import worker
 
 
@@ -60,23 +59,14 @@ def start_rank(case: dict[str, Any], rank: int, listener: socket.socket) -> int:
         resume = case.get("resume") or [0, 0]
         if rank == 0 and case.get("full_at"):
             vars(worker)["open_storage"] = lambda url: FullStorage(url, case["full_at"])
-        env = WorkerEnv(
+        env = place_of(
+            rank,
+            case["world_size"],
+            listener,
             run_dir=case["run_dir"],
-            name="case",
-            job_id="job",
             attempt=case.get("attempt", 1),
-            global_rank=rank,
-            local_rank=rank,
-            node_rank=0,
-            world_size=case["world_size"],
-            local_world_size=case["world_size"],
-            num_nodes=1,
-            master_addr="127.0.0.1",
-            master_port=listener.getsockname()[1],
-            device="cpu",
             resume_step=resume[0],
             resume_attempt=resume[1],
-            store_fd=listener.fileno() if rank == 0 else -1,
             report_fd=open_append(os.path.join(case["run_dir"], f"report-{rank}.jsonl")),
         )
         if case.get("before"):
