@@ -121,6 +121,9 @@ def _counts(job: Training, micro_batches: Sequence[MicroBatch]) -> list[float]:
     return [sum(counts) if job.wrapped.data.counts else 0.0]
 
 
+_PHASES = {phase.name.lower(): phase for phase in Phase}
+
+
 def _step(job: Training, step: int, micro_batches: list[MicroBatch], count: float, lr: float) -> StepResult:
     options = StepOptions(
         total_count=count,
@@ -129,7 +132,7 @@ def _step(job: Training, step: int, micro_batches: list[MicroBatch], count: floa
         forward=job.task.forward,
         loss=job.task.loss,
         all_reduce=job.ranks.all_reduce,
-        on_phase=lambda name: job.progress.phase(Phase[name.upper()]),
+        on_phase=lambda name: job.progress.phase(_PHASES[name]),
         seed=lambda shard: seed_everything(job.config.seed, 0x57E9, step, shard),
     )
     try:

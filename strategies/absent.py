@@ -53,7 +53,8 @@ writing: ContextVar[Callable[[Tensor, Any], None]] = ContextVar("writing", defau
 
 
 class Absent(Tensor):
-    """`meta`: the tensor without its values; `born`: a mark for who follows values through a model."""
+    """`meta`: the tensor without its values, which others may have too; `born`: a mark for who follows values through a
+    model."""
 
     meta: Tensor
     born: int
@@ -73,6 +74,10 @@ class Absent(Tensor):
     def __init__(self, meta: Tensor, device: torch.device, *, requires_grad: bool = False, born: int = 0) -> None:
         self.meta = meta
         self.born = born
+
+    def fresh(self) -> Absent:
+        """Another one without values, that was computed from nothing: a gradient it does not want."""
+        return Absent(self.meta, self.device)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -96,8 +101,7 @@ class AbsentFirst(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def absent_like(tensor: Tensor, device: torch.device | None = None, *, born: int = 0) -> Tensor:
     """As `tensor`, which may be absent itself, in everything but its values. A parameter stays one."""
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    found = Absent(meta, device or tensor.device, born=born)
+    found = Absent(_like(tensor), device or tensor.device, born=born)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(found, requires_grad=tensor.requires_grad)
     return found.requires_grad_(tensor.requires_grad)
@@ -108,17 +112,21 @@ def is_absent(tensor: object) -> bool:
 
 
 def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    _note_writes(func, args, kwargs)
+    key = None if kwargs else _signature(func, args)
+    known = _known.get(key) if key is not None else None
     device = kwargs.get("device") or _first_absent(args, kwargs).device
-    found = _without_values(func, args, kwargs)
-    if func in _FILLED:
-        return torch.full(found.shape, _FILLED[func](args), dtype=found.dtype, device=device)
-    if isinstance(found, Tensor):
-        result: Any = Absent(found, torch.device(device))
+    if known is not None:
+        result: Any = Absent(known, device)
     else:
+        _note_writes(func, args, kwargs)
+        found = _without_values(func, args, kwargs)
+        if func in _FILLED:
+            return torch.full(found.shape, _FILLED[func](args), dtype=found.dtype, device=device)
         result = tree_map(lambda t: Absent(t, torch.device(device)) if isinstance(t, Tensor) else t, found)
-    if _has_aliases(func):
-        result = return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-untyped-call]
+        if _has_aliases(func):
+            result = return_and_correct_aliasing(func, args, kwargs, result)  # type: ignore[no-untyped-call]
+        elif key is not None and isinstance(result, Absent) and len(_known) < _MOST_KNOWN:
+            _known[key] = result.meta
     watch = watching.get()
     if watch is not None:
         watch(func, args, kwargs, result)
@@ -137,35 +145,29 @@ _known: dict[tuple[Any, ...], Tensor] = {}
 _MOST_KNOWN = 4096
 
 
-def _without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of tensors on the meta device. Raises NeedsValues."""
-    key = None if kwargs or _has_aliases(func) else _signature(func, args)
-    if key is not None and (known := _known.get(key)) is not None:
-        return torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device="meta")
-    meta_args, meta_kwargs = tree_map(_meta, (args, kwargs))
-    if kwargs.get("device") is not None:
-        meta_kwargs["device"] = "meta"
-    try:
-        found = func(*meta_args, **meta_kwargs)
-    except RuntimeError as error:
-        name = str(func).removesuffix(".default")
-        raise NeedsValues(f"{name} can't do without values: {error}") from error
-    if key is not None and isinstance(found, Tensor) and found.storage_offset() == 0 and len(_known) < _MOST_KNOWN:
-        _known[key] = torch.empty_strided(found.shape, found.stride(), dtype=found.dtype, device="meta")
-    return found
-
-
 def _signature(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """All that the form of the result depends on; None for arguments of other kinds."""
     parts: list[Any] = [func, torch.get_default_dtype()]
     for arg in args:
         if isinstance(arg, Tensor):
-            parts.append((arg.shape, arg.stride(), arg.dtype))
+            parts += (arg.shape, arg.stride(), arg.dtype)
         elif arg is None or isinstance(arg, bool | int | float):
-            parts.append((type(arg), arg))
+            parts += (type(arg), arg)
         else:
             return None
     return tuple(parts)
+
+
+def _without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of tensors on the meta device. Raises NeedsValues."""
+    meta_args, meta_kwargs = tree_map(_meta, (args, kwargs))
+    if kwargs.get("device") is not None:
+        meta_kwargs["device"] = "meta"
+    try:
+        return func(*meta_args, **meta_kwargs)
+    except RuntimeError as error:
+        name = str(func).removesuffix(".default")
+        raise NeedsValues(f"{name} can't do without values: {error}") from error
 
 
 @cache
@@ -178,16 +180,20 @@ def _has_aliases(func: Any) -> bool:
 def _meta(value: Any) -> Any:
     if isinstance(value, Absent):
         return value.meta
-    if isinstance(value, Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return value
+    return _like(value) if isinstance(value, Tensor) else value
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _note_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for position, name in _written(func):
         value = args[position] if position < len(args) else kwargs.get(name)
         for tensor in tree_leaves(value):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, Absent):
+            if isinstance(tensor, Absent):
+                tensor.meta = _like(tensor.meta)  # its own from here on: it may get another shape
+            elif isinstance(tensor, Tensor):
                 writing.get()(tensor, func)
 
 

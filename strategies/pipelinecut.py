@@ -11,19 +11,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import (
-    KeyPath,
-    SequenceKey,
-    tree_flatten_with_path,
-    tree_leaves,
-    tree_map_only,
-    tree_unflatten,
-)
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.absent import Absent, NeedsValues, absent_like
@@ -99,12 +91,32 @@ class StageEnd(BaseException):
         self.call = call
 
 
+class _Stubbed(NamedTuple):
+    """A module of which a stage has no need, and what stands in its place."""
+
+    modules: dict[str, nn.Module | None]  # its parent's
+    key: str
+    module: nn.Module
+    stub: _Stub
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Entering:
+class _Part:
+    """What is known beforehand of a stage's forward on micro-batches of some shapes."""
+
+    first: str  # unit; "" of the first stage
+    following: str  # first unit of the next stage; "" of the last one
+    entering: tuple[Crossing, ...]
+    leaving: tuple[Crossing, ...]
+    units: list[_Stubbed]
+    leaves: list[_Stubbed]  # until the first unit is entered
+
+
+class _Entering(NamedTuple):
     """What waits for the first unit of the stage that is computed."""
 
-    first: str
-    given: Mapping[KeyPath, Tensor]
+    part: _Part
+    given: Sequence[Tensor]
     seed: int | None
 
 
@@ -120,8 +132,7 @@ class StagedModel:
         self._border = border or Border()
         self._entering: _Entering | None = None
         _empty(model, cut, self.stages, device)
-        self._stubs: dict[str, _Stub] = {}
-        self._places = {name: _place(model, name) for name in cut.units}
+        self._parts: dict[tuple[int, Shapes], _Part] = {}
         for stage in self.stages:
             if stage:
                 first = model.get_submodule(cut.firsts[stage - 1])
@@ -148,89 +159,93 @@ class StagedModel:
         the stage, which are alike on all ranks, and in it.
 
         Raises UsageError."""
-        first = self.cut.firsts[stage - 1] if stage else ""
-        crossings = shapes.crossings[first] if stage else ()
-        following = self.cut.firsts[stage] if stage < len(self.cut.firsts) else ""
-        entering = [self._border.into(tensor) for tensor in received]
-        given = dict(zip((crossing.path for crossing in crossings), entering, strict=True))
-        self._entering = _Entering(first=first, given=given, seed=seeds[1] if seeds else None)
+        part = self._parts.get((stage, shapes))
+        if part is None:  # once for all times: to make a module takes longer than to call it
+            part = self._parts[stage, shapes] = self._part_of(stage, shapes)
+        self._entering = _Entering(part, [self._border.into(tensor) for tensor in received], seeds and seeds[1])
         if seeds:
             seed_torch(seeds[0])
         try:
-            with self._others_stubbed(stage, following, shapes), self._border.around():
+            with _stubbed(part), self._border.around():
                 output = forward(self.model)
         except StageEnd as end:
-            return [self._border.out(tensor) for tensor in _leaving(following, end.call, shapes.crossings[following])]
+            return [self._border.out(tensor) for tensor in _leaving(part, end.call)]
         except NeedsValues as error:
             raise UsageError(f"strategy.pipeline: stage {stage} can't be computed on its own: {error}") from error
         finally:
             self._entering = None
-        if following:
+        if part.following:
             raise UsageError(
-                f"strategy.pipeline: the forward did not come to {following}, where stage {stage + 1} begins"
+                f"strategy.pipeline: the forward did not come to {part.following}, where stage {stage + 1} begins"
             )
         if any(isinstance(leaf, Absent) for leaf in tree_leaves(output)):
             raise UsageError(_other_way("what the model returns"))
         return output
 
-    def _stub(self, name: str, unit: nn.Module) -> _Stub:
-        """One for all times: to make a module takes longer than to call it."""
-        found = self._stubs.get(name)
-        if found is None or found.__dict__["_instead_of"] is not unit:
-            found = self._stubs[name] = _Stub(unit)
-        return found
+    def _part_of(self, stage: int, shapes: Shapes) -> _Part:
+        first = self.cut.firsts[stage - 1] if stage else ""
+        following = self.cut.firsts[stage] if stage < len(self.cut.firsts) else ""
+
+        def stubbed(name: str) -> _Stubbed:
+            parent, key = _place(self.model, name)
+            module = parent.get_submodule(key)
+            return _Stubbed(parent._modules, key, module, _Stub(module, shapes.outputs.get(name), name == following))
+
+        return _Part(
+            first=first,
+            following=following,
+            entering=shapes.crossings[first] if first else (),
+            leaving=shapes.crossings[following] if following else (),
+            units=[stubbed(name) for name, at in self.cut.units.items() if at != stage],
+            leaves=[stubbed(name) for name, at in shapes.leaves.items() if at < stage and _is_bare(self.model, name)],
+        )
 
     def _make_entry(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self._entering is None or self._entering.first != name:
+            if self._entering is None or self._entering.part.first != name:
                 return None
-            given = self._entering.given
-            if self._entering.seed is not None:
-                seed_torch(self._entering.seed)
-            paths, leaves, put_together = _taken_apart((args, kwargs))
-            call = [given.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-            if any(_is_missing(leaf) for leaf in call):
+            part, given, seed = self._entering
+            if seed is not None:
+                seed_torch(seed)
+            for modules, key, module, _ in part.leaves:
+                modules[key] = module
+            leaves, put_together = _taken_apart((args, kwargs))
+            for crossing, tensor in zip(part.entering, given, strict=True):
+                if crossing.position < len(leaves):
+                    leaves[crossing.position] = tensor
+            if any(_is_missing(leaf) for leaf in leaves):
                 raise UsageError(_other_way(f"what {name} is called with"))
-            return put_together(call)
+            return put_together(leaves)
 
         return enter
 
-    @contextlib.contextmanager
-    def _others_stubbed(self, stage: int, following: str, shapes: Shapes) -> Iterator[None]:
-        """For the time of a forward, units of other stages give tensors without values."""
-        others = [(name, place) for name, place in self._places.items() if self.cut.units[name] != stage]
-        kept = [(parent, key, parent._modules[key]) for _, (parent, key) in others]
-        for (name, (parent, key)), (_, _, module) in zip(others, kept, strict=True):
-            assert module is not None
-            parent._modules[key] = self._stub(name, module).giving(shapes.outputs.get(name), ends=name == following)
-        try:
-            yield
-        finally:
-            for parent, key, module in kept:
-                parent._modules[key] = module
+
+@contextlib.contextmanager
+def _stubbed(part: _Part) -> Iterator[None]:
+    """For the time of a forward."""
+    for modules, key, _, stub in (*part.units, *part.leaves):
+        modules[key] = stub
+    try:
+        yield
+    finally:
+        for modules, key, module, _ in (*part.units, *part.leaves):
+            modules[key] = module
 
 
 class _Stub(nn.Module):
     """In the place of a unit that is not to be computed here; its attributes are the unit's."""
 
-    _output: Any
-    _ends: bool
-
-    def __init__(self, instead_of: nn.Module) -> None:
+    def __init__(self, instead_of: nn.Module, output: Any, ends: bool) -> None:
         super().__init__()
-        self.__dict__["_instead_of"] = instead_of  # not registered: its parameters are not this one's
+        # Not registered: its parameters are not this one's.
+        self.__dict__.update(_instead_of=instead_of, _output=output, _ends=ends)
 
-    def giving(self, output: Any, *, ends: bool) -> _Stub:
-        """For one forward."""
-        self.__dict__.update(_output=output, _ends=ends)
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._ends:
             raise StageEnd((args, kwargs))
-        if isinstance(self._output, Absent):
-            return absent_like(self._output)
-        return tree_map_only(Absent, absent_like, self._output)
+        if isinstance(self._output, Absent):  # what else there is to do for a call of a module takes longer
+            return self._output.fresh()
+        return tree_map_only(Absent, Absent.fresh, self._output)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -239,23 +254,24 @@ class _Stub(nn.Module):
             return getattr(self.__dict__["_instead_of"], name)
 
 
+def _is_bare(model: nn.Module, name: str) -> bool:
+    """Whether nobody waits for the module to be called."""
+    module = model.get_submodule(name)
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return not any(hooks)
+
+
 _LEAVES = (Tensor, bool, int, float, str, type(None))
 
 
-def _taken_apart(call: Any) -> tuple[Sequence[KeyPath], Sequence[Any], Callable[[Sequence[Any]], Any]]:
-    """Paths and leaves of a call, (args, kwargs), and what makes a call of such leaves. Most have nothing but tensors,
-    by position: torch's way with any structure takes several times as long, and this is done for every micro-batch."""
+def _taken_apart(call: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Leaves of a call, (args, kwargs), and what makes a call of such leaves. Most have nothing but tensors, by
+    position: torch's way with any structure takes several times as long, and this is done for every micro-batch."""
     args, kwargs = call
     if not kwargs and all(isinstance(arg, _LEAVES) for arg in args):
-        return _positions(len(args)), args, lambda leaves: (tuple(leaves), {})
-    found, structure = tree_flatten_with_path(call)
-    return [path for path, _ in found], [leaf for _, leaf in found], lambda leaves: tree_unflatten(leaves, structure)
-
-
-@cache
-def _positions(count: int) -> tuple[KeyPath, ...]:
-    """Paths of a call's arguments, as torch writes them."""
-    return tuple((SequenceKey(0), SequenceKey(position)) for position in range(count))
+        return list(args), lambda leaves: (tuple(leaves), {})
+    found, structure = tree_flatten(call)
+    return found, lambda leaves: tree_unflatten(leaves, structure)
 
 
 def _is_missing(leaf: object) -> bool:
@@ -270,19 +286,18 @@ def _other_way(what: str) -> str:
     )
 
 
-def _leaving(name: str, call: Any, crossings: Sequence[Crossing]) -> list[Tensor]:
+def _leaving(part: _Part, call: Any) -> list[Tensor]:
     """What crosses over, of the call of the next stage's first unit. Raises UsageError where it is not as expected."""
-    paths, leaves, _ = _taken_apart(call)
-    found_at = dict(zip(paths, leaves, strict=True))
+    leaves, _ = _taken_apart(call)
     sent = []
-    for crossing in crossings:
-        found = found_at.get(crossing.path)
+    for crossing in part.leaving:
+        found = leaves[crossing.position] if crossing.position < len(leaves) else None
         if not isinstance(found, Tensor) or _is_missing(found):
-            raise UsageError(_other_way(f"what {name} is called with"))
-        if (tuple(found.shape), found.dtype) != (crossing.shape, crossing.dtype):
+            raise UsageError(_other_way(f"what {part.following} is called with"))
+        if found.shape != crossing.shape or found.dtype != crossing.dtype:
             raise UsageError(
-                f"strategy.pipeline: {name} gets a tensor of {found.dtype} {tuple(found.shape)}, where the batch's "
-                f"shapes let expect {crossing.dtype} {crossing.shape}: it depends on the batch's values"
+                f"strategy.pipeline: {part.following} gets a tensor of {found.dtype} {tuple(found.shape)}, where the "
+                f"batch's shapes let expect {crossing.dtype} {crossing.shape}: it depends on the batch's values"
             )
         sent.append(found)
     return sent

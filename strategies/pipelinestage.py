@@ -47,7 +47,8 @@ class Stage(_PipelineStageBase):
         self._micro_batches = micro_batches
         self._shapes = shapes
         self._options = options
-        self._seed = seed
+        first, own = 0, self.stage_index
+        self._seeds = [(_seed(seed, chunk, first), _seed(seed, chunk, own)) for chunk in range(len(micro_batches))]
         self._received: dict[int, list[Tensor]] = {}
         self._sent: dict[int, list[Tensor]] = {}
         self._gradients: dict[int, list[Tensor]] = {}  # of what was sent, received
@@ -74,7 +75,7 @@ class Stage(_PipelineStageBase):
                 received,
                 self._shapes[fwd_chunk_id],
                 lambda model: options.forward(model, micro.batch, micro.count),
-                seeds=(_seed(self._seed, fwd_chunk_id, 0), _seed(self._seed, fwd_chunk_id, self.stage_index)),
+                seeds=self._seeds[fwd_chunk_id],
             )
         self._sent[fwd_chunk_id] = [] if self.is_last else output
         return output

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import KeyPath, tree_flatten_with_path, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from dtrain.cluster.errors import UsageError
@@ -42,18 +42,21 @@ class Trace:
 class Crossing:
     """One tensor that goes into a stage: where it stands in the call of its first unit."""
 
-    path: KeyPath
+    position: int  # among the leaves of (args, kwargs)
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shapes:
-    """Of one forward: what goes into the units where the model is cut, by unit, and what the others give."""
+    """Of one forward: what goes into the units where the model is cut, by unit, and what the others give, and `leaves`:
+    modules of torch's own outside all units, called once, all that they give computed with parameters. What is needed
+    of that after the next cut crosses it, so a later stage can do without them as without the units."""
 
     crossings: Mapping[str, tuple[Crossing, ...]]
     outputs: Mapping[str, Any]
+    leaves: Mapping[str, int]  # name -> the stage in which it is called
 
 
 _NOT_FOLLOWED = "strategy.pipeline: the model's forward can't be followed without values, to see where it can be cut"
@@ -76,6 +79,11 @@ class Skeleton:
                 setattr(module, name, buffer.to(device))
         modules = dict(self._model.named_modules())
         self._units = {name: modules[name] for name in units}
+        self._leaves = {
+            name: module
+            for name, module in modules.items()
+            if _is_leaf(module) and not any(name.startswith(f"{unit}.") for unit in units) and name not in units
+        }
 
     def trace(self, run: Run) -> Trace:
         """Raises UsageError where the forward needs values that a rank would not have."""
@@ -94,18 +102,44 @@ class Skeleton:
             mine.training = theirs.training
         crossings: dict[str, tuple[Crossing, ...]] = {}
         outputs: dict[str, Any] = {}
+        leaves: dict[str, int] = {}
+        real: set[str] = set()  # leaves that can't be skipped
 
         def on_enter(name: str, args: Any, kwargs: Any) -> None:
             if name in cuts:
                 crossings[name] = tuple(_crossings((args, kwargs)))
+            elif name in self._leaves:
+                if name in leaves:
+                    real.add(name)
+                leaves[name] = len(crossings)
 
         def on_leave(name: str, output: Any) -> Any:
+            if name in self._leaves:
+                if not isinstance(output, Absent):
+                    real.add(name)
+                outputs[name] = output
+                return output
             outputs[name] = _without_values(output)
             return outputs[name]
 
-        with _hooked(self._units, on_enter, on_leave), _plainly(), _allowing_writes(lambda tensor, func: None):
+        watched = {**self._units, **self._leaves}
+        with _hooked(watched, on_enter, on_leave), _plainly(), _allowing_writes(lambda tensor, func: None):
             run(self._model)
-        return Shapes(crossings=crossings, outputs=outputs)
+        return Shapes(
+            crossings=crossings,
+            outputs=outputs,
+            leaves={name: stage for name, stage in leaves.items() if name not in real},
+        )
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a call of it does nothing but compute what it returns: torch's own, without state but parameters."""
+    return (
+        type(module).__module__.startswith("torch.nn.modules.")
+        and not any(True for _ in module.children())
+        and not module._buffers
+        and "forward" not in vars(module)
+    )
 
 
 def _place(error: Exception) -> str:
@@ -122,9 +156,11 @@ def _without_values(output: Any) -> Any:
 
 
 def _crossings(call: Any) -> Iterator[Crossing]:
-    for path, leaf in tree_flatten_with_path(call)[0]:
+    for position, leaf in enumerate(tree_leaves(call)):
         if isinstance(leaf, Absent) and not isinstance(leaf, nn.Parameter):
-            yield Crossing(path=path, shape=tuple(leaf.shape), dtype=leaf.dtype, requires_grad=leaf.requires_grad)
+            yield Crossing(
+                position=position, shape=tuple(leaf.shape), dtype=leaf.dtype, requires_grad=leaf.requires_grad
+            )
 
 
 class _Tracer:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import PARITY, Run, events, failure, losses, metrics, numbers, prepare, rank_runner, worst_difference
-from staged_models import Hides, Lists, Looks, Mixed, Row, Skips, Writes
+from staged_models import Around, Hides, Lists, Looks, Mixed, Row, Skips, Writes
 from torch import nn
 
 from dtrain.cluster.errors import UsageError
@@ -240,6 +240,33 @@ def test_a_rank_keeps_the_values_of_its_stages_only() -> None:
     assert torch.equal(found, wanted)
 
 
+def test_what_lies_before_a_stage_is_computed_only_where_somebody_may_see_it() -> None:
+    model = Around()
+    x, given = torch.randn(2, 8), torch.randn(2, 8)
+    with torch.no_grad():
+        wanted = model.twice(model.layers[3](model.layers[2](given) + 1) + 1) * torch.softmax(x, dim=-1)
+    skeleton, trace = trace_of(model)
+    cut = make_cut(model, trace, (3,))
+    shapes = skeleton.shapes(lambda each: each(x), ("layers.2",), model)
+    assert shapes.leaves == {"first": 0}
+
+    def run() -> torch.Tensor:
+        found: torch.Tensor = StagedModel(model, cut, [1], torch.device("cpu")).run(
+            1, [given.clone()], shapes, lambda each: each(x)
+        )
+        return found.detach()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.first, "forward", None)
+        assert torch.equal(run(), wanted)
+    assert model.second.calls == 1
+    seen: list[nn.Module] = []
+    model.first.register_forward_hook(lambda module, *_: seen.append(module))
+    assert torch.equal(run(), wanted)
+    assert seen == [model.first]
+    assert model.second.calls == 2
+
+
 def test_a_value_that_takes_another_way_is_refused_and_never_made_up() -> None:
     """The trace would not cut here; a forward that takes another branch later may all the same."""
     model = Skips()
@@ -260,6 +287,16 @@ def test_absent_values_can_not_be_looked_at_or_stored() -> None:
             look()
     with pytest.raises(NeedsValues, match="into a tensor that is"):
         torch.zeros(2, 3).add_(absent)
+
+
+def test_an_absent_value_takes_another_shape_alone() -> None:
+    """What is known of its kind is kept for the next ones."""
+    absent = absent_like(torch.randn(2, 3))
+    for _ in range(2):
+        total = absent + torch.ones(3)
+        assert total.shape == (2, 3)
+        assert (total.t_() + torch.ones(2)).shape == (3, 2)
+    assert (absent + torch.ones(3)).shape == (2, 3)
 
 
 def test_stages_are_balanced() -> None:
