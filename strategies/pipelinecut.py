@@ -212,7 +212,7 @@ class StagedModel:
             leaves, put_together = _taken_apart((args, kwargs))
             for crossing, tensor in zip(part.entering, given, strict=True):
                 if crossing.position < len(leaves):
-                    leaves[crossing.position] = tensor
+                    leaves[crossing.position] = tensor.clone() if crossing.written else tensor
             if any(_is_missing(leaf) for leaf in leaves):
                 raise UsageError(_other_way(f"what {name} is called with"))
             return put_together(leaves)

@@ -12,7 +12,7 @@ import os
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Crossing:
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    written: bool = False  # in place, by the unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,18 +101,18 @@ class Skeleton:
         """`like`: the model whose modes (training, evaluation) hold."""
         for mine, theirs in zip(self._model.modules(), like.modules(), strict=True):
             mine.training = theirs.training
-        crossings: dict[str, tuple[Crossing, ...]] = {}
+        entered: dict[str, list[tuple[Crossing, Tensor, int]]] = {}  # with the version that the tensor had then
         outputs: dict[str, Any] = {}
         leaves: dict[str, int] = {}
         real: set[str] = set()  # leaves that can't be skipped
 
         def on_enter(name: str, args: Any, kwargs: Any) -> None:
             if name in cuts:
-                crossings[name] = tuple(_crossings((args, kwargs)))
+                entered[name] = [(crossing, leaf, leaf._version) for crossing, leaf in _crossings((args, kwargs))]
             elif name in self._leaves:
                 if name in leaves:
                     real.add(name)
-                leaves[name] = len(crossings)
+                leaves[name] = len(entered)
 
         def on_leave(name: str, output: Any) -> Any:
             if name in self._leaves:
@@ -126,7 +127,7 @@ class Skeleton:
         with _hooked(watched, on_enter, on_leave), _plainly(), _allowing_writes(lambda tensor, func: None):
             run(self._model)
         return Shapes(
-            crossings=crossings,
+            crossings={name: tuple(_noting_writes(*each) for each in found) for name, found in entered.items()},
             outputs=outputs,
             leaves={name: stage for name, stage in leaves.items() if name not in real},
         )
@@ -155,12 +156,15 @@ def _without_values(output: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t if isinstance(t, Absent) else absent_like(t), output)
 
 
-def _crossings(call: Any) -> Iterator[Crossing]:
+def _crossings(call: Any) -> Iterator[tuple[Crossing, Tensor]]:
     for position, leaf in enumerate(tree_leaves(call)):
         if isinstance(leaf, Absent) and not isinstance(leaf, nn.Parameter):
-            yield Crossing(
-                position=position, shape=tuple(leaf.shape), dtype=leaf.dtype, requires_grad=leaf.requires_grad
-            )
+            shape = tuple(leaf.shape)
+            yield Crossing(position=position, shape=shape, dtype=leaf.dtype, requires_grad=leaf.requires_grad), leaf
+
+
+def _noting_writes(crossing: Crossing, tensor: Tensor, version: int) -> Crossing:
+    return replace(crossing, written=tensor._version != version)
 
 
 class _Tracer:
@@ -225,9 +229,7 @@ class _Tracer:
         return leaf if isinstance(leaf, Absent) else absent_like(leaf, born=self._interval)
 
     def _renewed(self, leaf: Tensor) -> Tensor:
-        if not self._is_value(leaf):
-            return leaf
-        return absent_like(leaf, born=self._interval)
+        return absent_like(leaf, born=self._interval).clone() if self._is_value(leaf) else leaf
 
     def _is_value(self, leaf: object) -> bool:
         return isinstance(leaf, Absent) and id(leaf) not in self._parameters

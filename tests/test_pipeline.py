@@ -242,27 +242,27 @@ def test_a_rank_keeps_the_values_of_its_stages_only() -> None:
 
 def test_what_lies_before_a_stage_is_computed_only_where_somebody_may_see_it() -> None:
     model = Around()
-    x, given = torch.randn(2, 8), torch.randn(2, 8)
-    with torch.no_grad():
-        wanted = model.twice(model.layers[3](model.layers[2](given) + 1) + 1) * torch.softmax(x, dim=-1)
+    x, given = torch.randn(2, 8), torch.randn(2, 8, requires_grad=True)
+    wanted = model.twice(model.layers[3](model.layers[2](given.clone()) + 1) + 1) * torch.softmax(x, dim=-1)
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), given)
     skeleton, trace = trace_of(model)
     cut = make_cut(model, trace, (3,))
     shapes = skeleton.shapes(lambda each: each(x), ("layers.2",), model)
     assert shapes.leaves == {"first": 0}
 
-    def run() -> torch.Tensor:
-        found: torch.Tensor = StagedModel(model, cut, [1], torch.device("cpu")).run(
-            1, [given.clone()], shapes, lambda each: each(x)
-        )
-        return found.detach()
+    def check() -> None:
+        staged = StagedModel(model, cut, [1], torch.device("cpu"))
+        found = staged.run(1, [given], shapes, lambda each: each(x))
+        assert torch.equal(found, wanted)
+        assert torch.equal(torch.autograd.grad(found.sum(), given)[0], wanted_gradient)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.first, "forward", None)
-        assert torch.equal(run(), wanted)
+        check()
     assert model.second.calls == 1
     seen: list[nn.Module] = []
     model.first.register_forward_hook(lambda module, *_: seen.append(module))
-    assert torch.equal(run(), wanted)
+    check()
     assert seen == [model.first]
     assert model.second.calls == 2
 

@@ -86,10 +86,12 @@ class Skips(Row):
 
 class Around(Row):
     """Beside its units: a layer that is called once, one that is called at both ends, one without parameters whose
-    values are wanted to the end, one that counts its calls, and sums in place. At the end it looks at its layers."""
+    values are wanted to the end, one that counts its calls, and sums in place. The units, too, write to what they are
+    called with. At the end it looks at what it is made of."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(8, 8)) for _ in range(4))
         self.twice, self.weights, self.second = nn.Linear(8, 8), nn.Softmax(dim=-1), Counting(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
