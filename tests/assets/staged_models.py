@@ -101,7 +101,8 @@ class Around(Row):
             x = layer(x)
             x += 1
         assert isinstance(self.first, nn.Linear)
-        return self.twice(x) * weights
+        output: Tensor = self.twice(x) * weights
+        return output
 
 
 class Counting(nn.Linear):
