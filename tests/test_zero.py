@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ from parity import TOLERANCE
 
 from dtrain.cluster.errors import ConfigError, UsageError
 from dtrain.launcher.compose import load_config
-from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.config import StrategyConfig, StrategyName
 from dtrain.strategies.layout import check_layout
+from dtrain.strategies.protocol import ModelSpec, Topology
+from dtrain.strategies.registry import get_strategy
 from dtrain.strategies.zero_gradients import SameModules
 from dtrain.strategies.zero_joined import JoinedStep
 from dtrain.strategies.zero_partitions import Slice
@@ -235,6 +237,21 @@ def test_one_step_of_a_partition_is_the_step_of_each_parameter(make: partial[tor
             else:
                 steps._step_each(unused)
         assert seen_of(one) == seen_of(each), step
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_what_an_update_takes_for_a_moment_is_in_the_prediction(ask: Ask, strategy: str) -> None:
+    """In parts of the parameters, as a model's size does not matter: what torch allocates in an update, but for the
+    partition's gradient in one piece, which counts to the gradients. Predicted for a model whose partition is larger
+    than a bucket."""
+    size, num_ranks = 8 << 30, 2
+    model = ModelSpec(num_parameters=size // 4, parameter_bytes=size, largest_unit_bytes=1 << 20)
+    topology = Topology(global_rank=0, world_size=num_ranks, nodes=1, device_type="cpu")
+    config = StrategyConfig(name=cast(StrategyName, strategy))
+    predicted = get_strategy(strategy).predict(model, config, topology).transient
+    for whole, taken in ask("zero_functions.update_bytes", num_ranks, strategy=strategy):
+        assert predicted / size == pytest.approx(taken / whole - 1 / num_ranks, rel=0.01)
 
 
 def test_ranks_that_run_other_modules_are_noticed() -> None:

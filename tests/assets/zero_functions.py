@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import accumulate
 from typing import Any, cast
 
 import parity
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from dtrain.runtime.ranks import Ranks
 from dtrain.strategies import zero, zero_partitions
@@ -55,3 +57,25 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach()
     with gathered(parameter):
         return parameter.detach().clone()
+
+
+def update_bytes(ranks: Ranks, strategy: str) -> tuple[int, int]:
+    """(what a model's parameters take, how much more memory this rank took at most while it updated them)."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    topology = Topology(global_rank=ranks.global_rank, world_size=ranks.world_size, nodes=1, device_type="cpu")
+    config = StrategyConfig(name=cast(StrategyName, strategy))
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4
+    wrapped = get_strategy(strategy).materialize(
+        model, lambda m: torch.optim.AdamW(m.parameters()), config, topology, ranks.device
+    )
+    for _ in range(2):  # the first step makes the optimizer's state
+        wrapped.sync.zero()
+        wrapped.sync.begin(last=True)
+        wrapped.sync.backward(model(torch.ones(2, 256)).square().mean())
+        wrapped.sync.finish()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            wrapped.update.apply(1.0)
+    assert seen.profiler is not None
+    events = seen.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
+    return size, max(accumulate(changes))
