@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import implicit_replication, register_sharding
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -26,8 +27,15 @@ def teach_torch() -> None:
     """Once a process. A plain tensor that meets a DTensor is the same on all tensor ranks here: they read the same
     samples, and every parameter is a DTensor."""
     _FOR_GOOD.enter_context(implicit_replication())
-    register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)(_attention)
-    register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default)(_attention_backward)
+    rules = DTensor._op_dispatcher.sharding_propagator  # type: ignore[attr-defined]
+    for operation, rule in (
+        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, _attention),
+        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default, _attention_backward),
+    ):
+        register_sharding(operation)(rule)
+        # Once more: what torch finds by a rule it keeps for calls alike, and calls with other masks are not.
+        info = RuntimeSchemaInfo(static_kwargkey=["attn_mask"], needs_pytree=True)
+        rules.register_op_strategy(operation, rules.op_strategy_funcs[operation], info)
 
 
 _Placements = list[Any]
@@ -38,21 +46,23 @@ def _attention(
     query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **more: Any
 ) -> list[tuple[_Placements, _Placements]]:
     """q, k, v (batch, heads, seq, dim) -> output, and the logarithms of sums (batch, seq, heads or heads, seq)."""
-    return [([way, way], [way, way, way, None, None, *_mask(way, more)]) for way in _WAYS]
+    return [([way, way], [way, way, way, None, None, *mask]) for way, mask in _ways(more)]
 
 
 def _attention_backward(
     gradient: Any, query: Any, key: Any, value: Any, out: Any, logsumexp: Any, dropout: float, causal: bool, **more: Any
 ) -> list[tuple[_Placements, _Placements]]:
-    return [([way] * 3, [way] * 6 + [None, None, *_mask(way, more)]) for way in _WAYS]
+    return [([way] * 3, [way] * 6 + [None, None, *mask]) for way, mask in _ways(more)]
 
 
-def _mask(way: Any, more: dict[str, Any]) -> _Placements:
+def _ways(more: dict[str, Any]) -> list[tuple[Any, _Placements]]:
+    """How attention can be cut, and where its mask lies then. Torch 2.13 moves no tensors that are passed by keyword: a
+    mask stays whole, so that one with something else for each head, or sample, asks for whole heads, or samples."""
     mask = more.get("attn_mask")
     if mask is None:
-        return []
-    cut = isinstance(way, Shard) and len(mask.shape) > 2 and mask.shape[way.dim] > 1
-    return [way if cut else Replicate()]
+        return [(way, []) for way in _WAYS]
+    shape = (1,) * (4 - len(mask.shape)) + tuple(mask.shape)
+    return [(way, [Replicate()]) for way in _WAYS if not isinstance(way, Shard) or shape[way.dim] == 1]
 
 
 class Blocks(DTensor):
