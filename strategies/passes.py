@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dtrain.cluster.errors import UsageError
+from dtrain.strategies.outputs import tensors_in
 from dtrain.strategies.protocol import Forward, Measured, MicroBatch, Passed, StepOptions, Wrapped
 
 
@@ -61,7 +61,7 @@ def loss_of(output: Any, micro: MicroBatch, options: StepOptions) -> tuple[Tenso
 def _silenced(output: object, total: Tensor) -> Tensor:
     """A loss of 0 whose backward brings exact zeros to the model. By where and a hook, not by 0 *: a mean over nothing
     is NaN, and 0 * NaN would leak from it, forward or backward."""
-    for tensor in tree_leaves(output):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
+    for tensor in tensors_in(output):
+        if tensor.requires_grad:
             tensor.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
     return torch.where(torch.zeros_like(total, dtype=torch.bool), total, 0.0)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.utils._pytree import tree_map
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.absent import is_absent
+from dtrain.strategies.outputs import map_tensors
 from dtrain.strategies.tensorops import as_blocks, compute_in_blocks, teach_torch
 from dtrain.strategies.tensorplan import Cut, Plan, weight_dims
 
@@ -185,7 +185,10 @@ class _NoView(torch.autograd.Function):
 
 
 def _plain_output(module: nn.Module, args: Any, output: Any) -> Any:
-    def plain(leaf: Any) -> Any:
-        return _NoView.apply(leaf.full_tensor()) if isinstance(leaf, DTensor) else leaf  # type: ignore[no-untyped-call]
+    def plain(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        whole: Tensor = _NoView.apply(tensor.full_tensor())  # type: ignore[no-untyped-call]
+        return whole
 
-    return tree_map(plain, output)
+    return map_tensors(plain, output)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import parity
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -18,6 +21,7 @@ from dtrain.runtime.ranks import Ranks
 from dtrain.strategies.absent import absent_like, is_absent
 from dtrain.strategies.config import StrategyConfig
 from dtrain.strategies.ddp import BucketedAllReduce
+from dtrain.strategies.outputs import tensors_in
 from dtrain.strategies.pipeline import _border
 from dtrain.strategies.tensorcuts import cut_model
 from dtrain.strategies.tensorgrads import OneCopy
@@ -77,6 +81,63 @@ def output(ranks: Ranks) -> bool:
     found *= 3
     found.sum().backward()
     return not is_view and torch.allclose(found, wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    logits: Tensor
+    more: list[Any]
+
+
+class Scores(dict[str, Any]):
+    pass
+
+
+class _Answering(nn.Module):
+    """What a forward may return beside tensors, tuples and dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Answer:
+        x = self.down(torch.tanh(self.up(x)))
+        return Answer(logits=x, more=[Scores(best=x * 2), SimpleNamespace(hidden=x), None])
+
+
+def answers(ranks: Ranks) -> bool:
+    """Whether a cut model's output holds plain tensors of the whole model's values, wherever they are in it."""
+    model = _Answering()
+    wanted = tensors_in(model(torch.ones(2, 4)))
+    mesh = init_device_mesh("cpu", (ranks.world_size,), mesh_dim_names=("tensor",))
+    cut_model(model, tensor_plan(model, {"up": "column", "down": "row"}, 2), mesh, ranks.device, sequence=False)
+    answer = model(torch.ones(2, 4))
+    found = tensors_in(answer)
+    (answer.more[0]["best"] + answer.more[1].hidden).sum().backward()
+    alike = [torch.allclose(one, other) for one, other in zip(found, wanted, strict=True)]
+    return len(alike) == 3 and all(alike) and not any(isinstance(tensor, DTensor) for tensor in found)
+
+
+def masks(ranks: Ranks) -> list[bool]:
+    """Whether attention whose heads are cut gives what it gave whole, with masks of each kind: of all, of each sample,
+    of each head, of both, learned."""
+    (batch, heads, length, size), found = (2, 4, 3, 2), []
+    mesh = init_device_mesh("cpu", (ranks.world_size,), mesh_dim_names=("tensor",))
+    teach_torch()
+    torch.manual_seed(0)
+    whole = torch.randn(batch, heads, length, size)
+    for shape in ((length, length), (batch, 1, 1, length), (batch, heads, 1, length), (1, heads, length, length)):
+        for learned in (False, True):
+            mask, results = torch.randn(shape, requires_grad=learned), []
+            for x in (whole.clone(), DTensor.from_local(whole.chunk(2, 1)[ranks.global_rank], mesh, (Shard(1),))):
+                query = x.requires_grad_()
+                mask.grad = None
+                output = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+                (output * torch.arange(float(size))).sum().backward()
+                tensors = [output, query.grad, mask.grad if learned else output]
+                results.append([t.full_tensor() if isinstance(t, DTensor) else t for t in tensors])
+            found.append(all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*results, strict=True)))
+    return found
 
 
 _WHOLE = torch.arange(1.0, 9.0).reshape(4, 2)
