@@ -94,7 +94,7 @@ class StageEnd(BaseException):
 class _Stubbed(NamedTuple):
     """A module of which a stage has no need, and what stands in its place."""
 
-    modules: dict[str, nn.Module | None]  # its parent's
+    modules: dict[str, Any]  # its parent's
     key: str
     module: nn.Module
     stub: _Stub
@@ -207,8 +207,8 @@ class StagedModel:
             part, given, seed = self._entering
             if seed is not None:
                 seed_torch(seed)
-            for modules, key, module, _ in part.leaves:
-                modules[key] = module
+            for stubbed in part.leaves:
+                stubbed.modules[stubbed.key] = stubbed.module
             leaves, put_together = _taken_apart((args, kwargs))
             for crossing, tensor in zip(part.entering, given, strict=True):
                 if crossing.position < len(leaves):
@@ -232,13 +232,17 @@ def _stubbed(part: _Part) -> Iterator[None]:
             modules[key] = module
 
 
-class _Stub(nn.Module):
-    """In the place of a unit that is not to be computed here; its attributes are the unit's."""
+class _Stub:
+    """In the place of a unit that is not to be computed here; its attributes are the unit's, and its class."""
 
     def __init__(self, instead_of: nn.Module, output: Any, ends: bool) -> None:
-        super().__init__()
-        # Not registered: its parameters are not this one's.
-        self.__dict__.update(_instead_of=instead_of, _output=output, _ends=ends)
+        self._instead_of = instead_of
+        self._output = output
+        self._ends = ends
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._instead_of)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._ends:
@@ -248,10 +252,7 @@ class _Stub(nn.Module):
         return tree_map_only(Absent, Absent.fresh, self._output)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_instead_of"], name)
+        return getattr(self._instead_of, name)
 
 
 def _is_bare(model: nn.Module, name: str) -> bool:

@@ -118,10 +118,10 @@ class Skeleton:
             if name in self._leaves:
                 if not isinstance(output, Absent):
                     real.add(name)
-                outputs[name] = output
-                return output
-            outputs[name] = _without_values(output)
-            return outputs[name]
+            else:
+                output = _without_values(output)
+            outputs[name] = tree_map_only(Absent, Absent.fresh, output)  # the model may give its own another shape
+            return output
 
         watched = {**self._units, **self._leaves}
         with _hooked(watched, on_enter, on_leave), _plainly(), _allowing_writes(lambda tensor, func: None):

@@ -3,6 +3,7 @@ from checkpoints, their own and others': test_any_layout.py and test_relaunch.py
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import PARITY, Run, events, failure, losses, metrics, numbers, prepare, rank_runner, worst_difference
-from staged_models import Around, Hides, Lists, Looks, Mixed, Row, Skips, Writes
+from staged_models import Again, Around, Hides, Lists, Looks, Mixed, Named, Row, Skips, Writes
 from torch import nn
 
 from dtrain.cluster.errors import UsageError
@@ -225,6 +226,62 @@ def test_what_can_not_be_followed_without_values_is_refused(model: type[nn.Modul
         trace_of(model())
 
 
+@pytest.mark.parametrize(
+    ("make", "cuts"), [(Row, (1, 3)), (Around, (1, 3)), (Mixed, (2, 4)), (Again, (2, 4)), (Named, (1, 2, 4))]
+)
+def test_stage_after_stage_computes_what_the_model_computes(make: type[nn.Module], cuts: tuple[int, ...]) -> None:
+    """Each on a rank of its own, in every micro-batch."""
+    model, x = make(), torch.randn(2, 8)
+    wanted = copy.deepcopy(model)(x)
+    skeleton, trace = trace_of(model)
+    assert trace.cuttable >= set(cuts)
+    cut = make_cut(model, trace, cuts)
+    shapes = skeleton.shapes(lambda each: each(x), cut.firsts, model)
+    ranks = [StagedModel(copy.deepcopy(model), cut, [stage], torch.device("cpu")) for stage in range(cut.num_stages)]
+    for _ in range(2):
+        found: Any = []
+        for stage, rank in enumerate(ranks):
+            found = rank.run(stage, found, shapes, lambda each: each(x))
+        assert torch.equal(found, wanted)
+
+
+def test_a_forward_that_goes_otherwise_than_the_batchs_shapes_let_expect_is_refused() -> None:
+    model, x = Row(), torch.randn(2, 8)
+    skeleton, trace = trace_of(model)
+    cut = make_cut(model, trace, (3,))
+    shapes = skeleton.shapes(lambda each: each(x), cut.firsts, model)
+    stages = [StagedModel(copy.deepcopy(model), cut, [stage], torch.device("cpu")) for stage in range(2)]
+    cases: list[tuple[int, Any, str]] = [
+        (0, lambda each: x, "did not come to layers.2, where stage 1 begins"),
+        (0, lambda each: each(torch.cat([x, x])), r"gets a tensor of torch.float32 \(4, 8\)"),
+        (0, lambda each: each.layers[2](None), "what layers.2 is called with depends on something"),
+        (1, lambda each: each.layers[0](x), "what the model returns depends on something"),
+    ]
+    for stage, forward, words in cases:
+        with pytest.raises(UsageError, match=words):
+            stages[stage].run(stage, [torch.randn(2, 8)] * stage, shapes, forward)
+
+
+def test_what_a_rank_could_not_keep_up_to_date_is_absent() -> None:
+    """Buffers that only their own stage can write; one parameter stays one."""
+    model = Mixed()
+    block = model.layers[1]
+    assert isinstance(block, nn.Sequential)
+    block[0].weight = model.layers[0].get_parameter("0.weight")
+    _, trace = trace_of(model)
+    cut = make_cut(model, trace, (3,))
+    assert cut.buffers == {name: int(name > "layers.2") for name, _ in model.named_buffers()}
+    StagedModel(model, cut, [1], torch.device("cpu"))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert {name for name, buffer in model.named_buffers() if is_absent(buffer)} == {
+        "before.running_mean",
+        "before.running_var",
+        *(f"layers.{number}.1.{kind}" for number in (0, 1) for kind in statistics),
+    }
+    assert is_absent(block[0].weight)
+    assert block[0].weight is model.layers[0].get_parameter("0.weight")
+
+
 def test_a_rank_keeps_the_values_of_its_stages_only() -> None:
     model = Row()
     skeleton, trace = trace_of(model)
@@ -238,6 +295,8 @@ def test_a_rank_keeps_the_values_of_its_stages_only() -> None:
     found = staged.run(1, [given], shapes, lambda each: each(x))
     wanted = torch.tanh(model.layers[3](torch.tanh(model.layers[2](given))))
     assert torch.equal(found, wanted)
+    called = model.layers[2](x)
+    assert torch.equal(called, nn.functional.linear(x, *model.layers[2].parameters())), "outside of a stage, by hand"
 
 
 def test_what_lies_before_a_stage_is_computed_only_where_somebody_may_see_it() -> None:
@@ -287,6 +346,34 @@ def test_absent_values_can_not_be_looked_at_or_stored() -> None:
             look()
     with pytest.raises(NeedsValues, match="into a tensor that is"):
         torch.zeros(2, 3).add_(absent)
+
+
+def test_what_is_made_in_the_likeness_of_an_absent_tensor_has_its_values() -> None:
+    real = torch.randn(2, 3)
+    absent = absent_like(real)
+    for make in (
+        lambda like: torch.zeros_like(like),
+        lambda like: torch.ones_like(like),
+        lambda like: torch.full_like(like, 2.5),
+        lambda like: like.new_zeros(4),
+        lambda like: like.new_ones(4),
+        lambda like: like.new_full((4,), 2.5),
+    ):
+        assert torch.equal(make(absent), make(real))
+
+
+def test_what_is_computed_from_absent_tensors_has_the_form_that_it_would_have() -> None:
+    """Whatever was computed before: what is known of an operation holds for the same kinds of arguments only."""
+    number, count = torch.randn(3, 3), torch.ones(3, 3, dtype=torch.int64)
+    for one in (number, number.t(), count, number.double(), number[:2]):
+        for other in (2, 2.0, True, one):
+            for dtype in (torch.float32, torch.float64):
+                torch.set_default_dtype(dtype)
+                found, wanted = ((each * other, each / 3) for each in (absent_like(one), one))
+                torch.set_default_dtype(torch.float32)
+                assert all(map(is_absent, found))
+                forms = [[(each.shape, each.stride(), each.dtype) for each in both] for both in (found, wanted)]
+                assert forms[0] == forms[1], (one, other, dtype)
 
 
 def test_an_absent_value_takes_another_shape_alone() -> None:

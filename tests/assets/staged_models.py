@@ -105,6 +105,29 @@ class Around(Row):
         return output
 
 
+class Again(Row):
+    """Its first unit runs a second time, after the second one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for number in (0, 1, 0, 2, 3):
+            x = torch.tanh(self.layers[number](x))
+        return x
+
+
+class Named(Row):
+    """Calls its units by keyword, asks them for their sizes, and gives what they return another shape in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            x = layer(input=x.reshape(-1, layer.in_features))
+            rows, width = x.shape
+            x.unsqueeze_(0)
+        return x.view(rows, width)
+
+
 class Counting(nn.Linear):
     """Not torch's own: what it does besides nobody knows."""
 
