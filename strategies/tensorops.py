@@ -27,7 +27,7 @@ def teach_torch() -> None:
     """Once a process. A plain tensor that meets a DTensor is the same on all tensor ranks here: they read the same
     samples, and every parameter is a DTensor."""
     _FOR_GOOD.enter_context(implicit_replication())
-    rules = DTensor._op_dispatcher.sharding_propagator  # type: ignore[attr-defined]
+    rules = DTensor._op_dispatcher.sharding_propagator
     for operation, rule in (
         (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, _attention),
         (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default, _attention_backward),

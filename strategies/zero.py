@@ -16,6 +16,7 @@ from torch import nn
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.caps import CAPS
 from dtrain.strategies.config import StrategyConfig
+from dtrain.strategies.elementwise import differs_on_parts, is_elementwise
 from dtrain.strategies.layout import check_layout, degrees_of
 from dtrain.strategies.protocol import MakeOptimizer, ModelSpec, Prediction, Topology, Wrapped
 from dtrain.strategies.wrapping import wrap
@@ -61,6 +62,7 @@ class Zero:
         _check_parameters(model, self.name, every=stage == 3)
         model.to(device)
         optimizer = make_optimizer(model)  # on whole parameters, which their factory may look at
+        _check_optimizer(optimizer, self.name)
         carrier = Carrier(optimizer.param_groups)
         engine = start_engine(model, carrier, stage, offload=offload, device=device)
         slices = _find_slices(model, engine.optimizer, stage, topology)
@@ -84,6 +86,17 @@ def _find_slices(model: nn.Module, zero: object, stage: int, topology: Topology)
         return find_slices(model, zero, stage, topology.global_rank, topology.world_size)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(unknown(f"its partitions are not where they are looked for ({error})")) from error
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Raises UsageError."""
+    kind = type(optimizer)
+    if is_elementwise(kind) is None and differs_on_parts(optimizer):
+        raise UsageError(
+            f"strategy: {name} cuts parameters into flat pieces, and {kind.__module__}.{kind.__qualname__} is not "
+            "elementwise: tried on a small tensor, its update of pieces is another one. Take ddp, or fsdp, which gives "
+            "it norms of whole tensors; or say `elementwise = True` in the class where that does not matter"
+        )
 
 
 def _check_parameters(model: nn.Module, name: str, *, every: bool) -> None:

@@ -323,3 +323,11 @@ def test_parameters_that_deepspeed_fails_at_are_refused_in_words(ask: Ask) -> No
         for model, found in rank.items():
             assert found["error"] == "UsageError"
             assert all(word in found["message"] for word in REFUSED[model])
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_an_optimizer_of_ones_own_that_pieces_would_change_is_refused(ask: Ask, strategy: str) -> None:
+    for found in ask("zero_functions.start", 2, strategy=strategy, optimizer="Trusting"):
+        assert found["error"] == "UsageError"
+        assert "zero_functions.Trusting is not elementwise" in found["message"]

@@ -133,7 +133,7 @@ def masks(ranks: Ranks) -> list[bool]:
                 query = x.requires_grad_()
                 mask.grad = None
                 output = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
-                (output * torch.arange(float(size))).sum().backward()
+                (output * torch.arange(float(size))).sum().backward()  # type: ignore[no-untyped-call]
                 tensors = [output, query.grad, mask.grad if learned else output]
                 results.append([t.full_tensor() if isinstance(t, DTensor) else t for t in tensors])
             found.append(all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*results, strict=True)))

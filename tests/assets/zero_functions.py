@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, cast
 
@@ -19,7 +20,20 @@ from dtrain.strategies.registry import get_strategy
 from dtrain.strategies.zero_partitions import Slice, gathered
 
 
-def start(ranks: Ranks, strategy: str, break_it: str = "") -> bool:
+class Trusting(torch.optim.Optimizer):
+    """Scales each tensor's update by the tensor's norm, as LARS does, and says nothing of it."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["lr"] * parameter.grad * parameter.norm() / parameter.grad.norm())
+
+
+def start(ranks: Ranks, strategy: str, break_it: str = "", optimizer: str = "AdamW") -> bool:
     """Whether every parameter is what one process would begin with, after the self-check."""
     find = zero_partitions.find_slices
 
@@ -36,7 +50,7 @@ def start(ranks: Ranks, strategy: str, break_it: str = "") -> bool:
     topology = Topology(global_rank=ranks.global_rank, world_size=ranks.world_size, nodes=1, device_type="cpu")
     get_strategy(strategy).materialize(
         model,
-        lambda m: torch.optim.AdamW(m.parameters()),
+        lambda m: (Trusting if optimizer == "Trusting" else torch.optim.AdamW)(m.parameters()),
         StrategyConfig(name=cast(StrategyName, strategy)),
         topology,
         ranks.device,
