@@ -205,6 +205,7 @@ def test_shards_are_dealt_once_and_values_reach_theirs(num: int, world_size: int
     world_size = min(world_size, num)
     ranks = [LogicalShards(num=num, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert [shard for rank in ranks for shard in rank.mine] == list(range(num))
+    assert ranks[0].most == max(len(rank.mine) for rank in ranks), "and nobody goes through more"
     total = [0.0] * num
     for rank in ranks:
         values = [float(shard) for shard in rank.mine for _ in range(parts)]

@@ -13,7 +13,23 @@ from typing import Any
 import pytest
 import torch
 from cases import PARITY, Run, events, failure, losses, metrics, numbers, prepare, rank_runner, worst_difference
-from staged_models import Again, Around, Hides, Lists, Looks, Mixed, Named, Row, Skips, Writes
+from staged_models import (
+    Again,
+    Around,
+    Counts,
+    Direct,
+    Drops,
+    Fork,
+    Hides,
+    Lists,
+    Looks,
+    Mixed,
+    Named,
+    Pairs,
+    Row,
+    Skips,
+    Writes,
+)
 from torch import nn
 
 from dtrain.cluster.errors import UsageError
@@ -209,7 +225,36 @@ def test_what_a_cut_would_part_is_found() -> None:
     assert all("gain" in names for names in trace.parameters[1:])
     assert trace.written["forwards"] == (0, False)
     assert trace.written["before.running_mean"] == (0, True)
+    assert trace.written["layers.3.1.num_batches_tracked"] == (4, False)
     assert trace.costs[1] == 2 * 2 * 8 * 8
+    model = Row()
+    model.layers[1].register_parameter("spare", nn.Parameter(torch.ones(3)))
+    _, trace = trace_of(model)
+    assert trace.parameters[2] == {f"layers.1.{kind}" for kind in ("weight", "bias", "spare")}
+
+
+@pytest.mark.parametrize(
+    ("make", "cuttable"), [(Row, {1, 2, 3, 4}), (Fork, {3, 4}), (Direct, {2, 3, 4}), (Again, {2, 4, 5}), (Pairs, {1})]
+)
+def test_it_is_cut_only_where_nothing_takes_another_way(make: type[nn.Module], cuttable: set[int]) -> None:
+    """Intervals: with unit number i begins interval i."""
+    _, trace = trace_of(make())
+    assert trace.cuttable == cuttable
+
+
+def test_what_can_be_skipped_before_a_stage_does_nothing_but_compute() -> None:
+    """And the look at the forward is one in the model's own mode."""
+    x, modes = torch.randn(2, 8), []
+    model = Mixed().eval()
+    model.first.register_forward_hook(lambda module, *_: modes.append(module.training))
+    skeleton, _ = trace_of(model)
+    modes.clear()
+    assert skeleton.shapes(lambda each: each(x), ("layers.2",), model.train()).leaves == {"first": 0}
+    skeleton.shapes(lambda each: each(x), ("layers.2",), model.eval())
+    assert modes == [True, False]
+    vars(model.first)["forward"] = model.first.forward  # somebody's own
+    skeleton, _ = trace_of(model)
+    assert not skeleton.shapes(lambda each: each(x), ("layers.2",), model).leaves
 
 
 @pytest.mark.parametrize(
@@ -219,6 +264,7 @@ def test_what_a_cut_would_part_is_found() -> None:
         (Hides, r"uses a parameter of shape \(8, 8\) that is not reached through the model"),
         (Looks, "can't be followed without values.*_local_scalar_dense can't do without"),
         (Lists, "can't be followed without values"),
+        (Counts, r"layers.0 returns a number \(2\) beside its tensors"),
     ],
 )
 def test_what_can_not_be_followed_without_values_is_refused(model: type[nn.Module], words: str) -> None:
@@ -230,19 +276,24 @@ def test_what_can_not_be_followed_without_values_is_refused(model: type[nn.Modul
     ("make", "cuts"), [(Row, (1, 3)), (Around, (1, 3)), (Mixed, (2, 4)), (Again, (2, 4)), (Named, (1, 2, 4))]
 )
 def test_stage_after_stage_computes_what_the_model_computes(make: type[nn.Module], cuts: tuple[int, ...]) -> None:
-    """Each on a rank of its own, in every micro-batch."""
-    model, x = make(), torch.randn(2, 8)
-    wanted = copy.deepcopy(model)(x)
+    """Each on a rank of its own, in every micro-batch, of whatever size."""
+    model = make()
     skeleton, trace = trace_of(model)
     assert trace.cuttable >= set(cuts)
     cut = make_cut(model, trace, cuts)
-    shapes = skeleton.shapes(lambda each: each(x), cut.firsts, model)
     ranks = [StagedModel(copy.deepcopy(model), cut, [stage], torch.device("cpu")) for stage in range(cut.num_stages)]
-    for _ in range(2):
-        found: Any = []
-        for stage, rank in enumerate(ranks):
-            found = rank.run(stage, found, shapes, lambda each: each(x))
-        assert torch.equal(found, wanted)
+
+    def check(x: torch.Tensor) -> None:
+        wanted = copy.deepcopy(model)(x)
+        shapes = skeleton.shapes(lambda each: each(x), cut.firsts, model)
+        for _ in range(2):
+            found: Any = []
+            for stage, rank in enumerate(ranks):
+                found = rank.run(stage, found, shapes, lambda each: each(x))
+            assert torch.equal(found, wanted)
+
+    for size in (2, 3):
+        check(torch.randn(size, 8))
 
 
 def test_a_forward_that_goes_otherwise_than_the_batchs_shapes_let_expect_is_refused() -> None:
@@ -326,15 +377,28 @@ def test_what_lies_before_a_stage_is_computed_only_where_somebody_may_see_it() -
     assert model.second.calls == 2
 
 
-def test_a_value_that_takes_another_way_is_refused_and_never_made_up() -> None:
+@pytest.mark.parametrize("make", [Skips, Pairs])
+def test_a_value_that_takes_another_way_is_refused_and_never_made_up(make: type[nn.Module]) -> None:
     """The trace would not cut here; a forward that takes another branch later may all the same."""
-    model = Skips()
+    model = make()
     skeleton, trace = trace_of(model)
     staged = StagedModel(model, make_cut(model, trace, (2,)), [1], torch.device("cpu"))
     x = torch.randn(2, 8)
     shapes = skeleton.shapes(lambda each: each(x), ("layers.1",), model)
     with pytest.raises(UsageError, match="depends on something that was computed in an earlier stage"):
         staged.run(1, [torch.randn(2, 8)], shapes, lambda each: each(x))
+
+
+def test_random_numbers_before_a_stage_are_alike_on_all_ranks_and_in_it_its_own() -> None:
+    model, x, given = Drops(), torch.randn(2, 8), torch.randn(2, 8)
+    skeleton, trace = trace_of(model)
+    shapes = skeleton.shapes(lambda each: each(x), ("layers.3",), model)
+    torch.manual_seed(7)
+    kept = nn.functional.dropout(x)
+    torch.manual_seed(8)
+    wanted = nn.functional.dropout(model.layers[3](given)) * kept
+    staged = StagedModel(model, make_cut(model, trace, (4,)), [1], torch.device("cpu"))
+    assert torch.equal(staged.run(1, [given], shapes, lambda each: each(x), seeds=(7, 8)), wanted)
 
 
 def test_absent_values_can_not_be_looked_at_or_stored() -> None:

@@ -115,6 +115,75 @@ class Again(Row):
         return x
 
 
+class Fork(Row):
+    """Two units get the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.layers[0](x) + self.layers[1](x)
+        output: Tensor = self.layers[3](self.layers[2](x))
+        return output
+
+
+class Direct(Row):
+    """The first unit is called with the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        output: Tensor = self.first(x)
+        return output
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), batch * 2
+
+
+class Pairs(Row):
+    """What the first unit makes of the batch comes back at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Pair(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, kept = self.layers[0](self.first(x), x)
+        for layer in self.layers[1:]:
+            out, _ = layer(out, x)
+        output: Tensor = out + kept
+        return output
+
+
+class Counted(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return super().forward(x), len(x)
+
+
+class Counts(Row):
+    """Its units give numbers, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Counted(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, _ = layer(x)
+        return x
+
+
+class Drops(Row):
+    """Random numbers before the units, in them, and at the end those from the beginning."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = nn.functional.dropout(x)
+        x = self.first(x)
+        for layer in self.layers:
+            x = nn.functional.dropout(layer(x))
+        return x * kept
+
+
 class Named(Row):
     """Calls its units by keyword, asks them for their sizes, and gives what they return another shape in place."""
 
