@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.protocol import AllReduce, MicroBatch, StepOptions, StepResult, Wrapped
+from dtrain.strategies.tensorops import explain_cut_tensors
 
 
 class NonFinite(ArithmeticError):
@@ -44,7 +45,12 @@ def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: Ste
     """
     wrapped.sync.zero()
     divisor = _divisor(wrapped, options)
-    passed = wrapped.passes.train(wrapped, micro_batches, options, divisor)
+    try:
+        passed = wrapped.passes.train(wrapped, micro_batches, options, divisor)
+    except Exception as raised:
+        if wrapped.degrees.tensor > 1:
+            explain_cut_tensors(raised)
+        raise
     unused = wrapped.sync.finish()
     mine = [passed.loss_sum, passed.count] if wrapped.data.counts else [0.0, 0.0]
     together = _Together(options.all_reduce, [*mine, float(passed.bad is not None), float(unused)])

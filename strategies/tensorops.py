@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import implicit_replication, register_sharding
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from dtrain.cluster.errors import UsageError
 from dtrain.strategies.tensorplan import is_conv1d
 
 _FOR_GOOD = contextlib.ExitStack()  # keeps the context open; torch 2.13 has no other way to say it
@@ -36,6 +38,17 @@ def teach_torch() -> None:
         # Once more: what torch finds by a rule it keeps for calls alike, and calls with other masks are not.
         info = RuntimeSchemaInfo(static_kwargkey=["attn_mask"], needs_pytree=True)
         rules.register_op_strategy(operation, rules.op_strategy_funcs[operation], info)
+
+
+def explain_cut_tensors(error: Exception) -> None:
+    """Adds to what torch says of an operation that it can't do on cut tensors."""
+    files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    if not isinstance(error, UsageError) and any("/torch/distributed/tensor/" in file for file in files):
+        error.add_note(
+            "strategy.tensor: the model's parameters and activations are torch's DTensors then, and this operation "
+            "can't work on them as it is called here (recurrent layers can't, nor can what depends on values, like "
+            "nonzero). Set tensor: 1, with fsdp or pipeline for a large model, or write it in other operations"
+        )
 
 
 _Placements = list[Any]

@@ -13,6 +13,7 @@ from cases import (
     Ask,
     Run,
     events,
+    failure,
     failures,
     losses,
     metrics,
@@ -159,3 +160,13 @@ def test_what_only_the_model_tells_is_refused_in_words(
     assert 93 in run(folder, 2)
     said = [record["message"] for record in failures(folder)]
     assert any(message in words for words in said), said
+
+
+def test_what_cut_tensors_cannot_do_is_said_with_the_way_out(run: Run, tmp_path: Path) -> None:
+    how = ["model._target_=tensor_functions.Counting", "strategy={name: ddp, tensor: 2}", "cluster.procs_per_node=2"]
+    folder = prepare(tmp_path / "run", *how)
+    assert run(folder, 2) != [0, 0]
+    report = failure(folder)
+    assert "nonzero" in report["message"]
+    assert "strategy.tensor: the model's parameters and activations are torch's DTensors" in report["message"]
+    assert "Set tensor: 1" in report["message"]

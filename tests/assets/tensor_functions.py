@@ -83,6 +83,14 @@ def output(ranks: Ranks) -> bool:
     return not is_view and torch.allclose(found, wanted)
 
 
+class Counting(parity.Transformer):
+    """Does what DTensors can't: how many values are above 0 is no shape that is known."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = super().forward(tokens)
+        return x + len((x > 0).nonzero())
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     logits: Tensor
