@@ -101,7 +101,13 @@ class Deferred:
                 return found
         real = tree_map(self._real, (args, kwargs))
         found = func(*real[0], **real[1])
-        del real
+        pairs = list(zip(written, _written(func, *real), strict=True))
+        for tensor, value in pairs:
+            if self.is_paper(tensor):  # one of several that are written to at once, as torch._foreach_mul_ does
+                self._note(torch.ops.aten.copy_.default, (tensor, value), {}, [tensor])
+        stands_for = {id(value): tensor for tensor, value in pairs}
+        found = tree_map(lambda leaf: stands_for.get(id(leaf), leaf), found)
+        del real, pairs
         _give_back()
         return found
 

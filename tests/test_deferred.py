@@ -74,6 +74,24 @@ def test_a_value_that_is_read_while_building_is_real() -> None:
     assert float(deferred.value(weight)[2, 3]) == 7.0
 
 
+def test_what_an_operation_was_called_with_may_change_afterwards() -> None:
+    """A small tensor, which is real; the tensor itself; and another one that is on paper."""
+    with Deferred(200) as deferred:
+        small, weight, other = torch.arange(8.0), torch.zeros(8, 8), torch.ones(8, 8)
+        weight[0] = small
+        small.zero_()
+        weight.copy_(weight.detach())
+        small.copy_(weight[0]).mul_(2)
+        other.add_(weight)
+        weight.zero_()
+        torch._foreach_sub_([weight, other], 1.0)
+    assert weight.is_meta
+    assert not small.is_meta
+    assert torch.equal(small, 2 * torch.arange(8.0))
+    assert torch.equal(deferred.value(other)[0], torch.arange(8.0))
+    assert torch.equal(deferred.value(weight), -torch.ones(8, 8))
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("layout", "size"),

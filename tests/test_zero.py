@@ -181,6 +181,15 @@ def test_an_optimizers_state_resumes_to_the_same_bits(ask: Ask, tmp_path: Path, 
     assert ask("odd_models.resume_each", 2, save=False, cases=cases) == whole
 
 
+@pytest.mark.e2e
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_what_an_optimizer_has_made_at_its_construction_is_kept(ask: Ask, strategy: str) -> None:
+    optimizer = {"name": "Adagrad", "initial_accumulator_value": 0.5}
+    (alone,) = ask("odd_models.learn", 1, model="frozen", strategy="single", optimizer=optimizer)
+    for found in ask("odd_models.learn", 2, model="frozen", strategy=strategy, optimizer=optimizer):
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
 def in_one_partition(make: Callable[..., torch.optim.Optimizer]) -> tuple[torch.optim.Optimizer, JoinedStep]:
     """Three parameters of 5, 0 and 3 elements, with padding behind each, and their own optimizer."""
     flat, ranges = torch.linspace(-1, 1, 12), [(0, 5), (6, 6), (7, 10)]
@@ -271,6 +280,11 @@ def test_ranks_that_run_other_modules_are_noticed() -> None:
     with pytest.raises(UsageError, match="different ways through the model"):
         compare()
     compare()  # each time for itself
+    for model, order in ((first, (0, 2)), (second, (2, 0))):
+        for number in order:
+            model[number](torch.ones(1, 2))
+    with pytest.raises(UsageError, match="different ways through the model"):
+        compare()
 
 
 # ---- another DeepSpeed ----
