@@ -205,14 +205,14 @@ def follow(job: Job, screen: Screen, since: Bookmark, *, attempt: int = 0) -> in
         first = next((_first_node(event) for event in starts if event.get("attempt") == attempt), 0)
         view.follow_log(attempt, first, from_end=True)
     try:
-        with _interrupts() as interrupts:
+        with _interrupts(terminated=not attempt and not job.backend.detaches) as interrupts:
             return _until_end(job, screen, view, interrupts)
     finally:
         view.close()
         screen.close()
 
 
-def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float]) -> int:
+def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[int]) -> int:
     queue = Queue(job)
     asked_at = time.monotonic()
     handled = 0
@@ -224,8 +224,8 @@ def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[float])
             return _say_outcome(job, screen, view, ended)
         _show_wait(job, screen, view, queue)
         if len(interrupts) > handled:
-            handled = len(interrupts)
-            if _on_interrupt(job, screen, view, handled):
+            first, handled = not handled, len(interrupts)
+            if _on_interrupt(job, screen, view, interrupts[-1], first=first):
                 return exits.DETACHED
         if time.monotonic() - asked_at > ASK_BACKEND_S:
             asked_at = time.monotonic()
@@ -313,7 +313,7 @@ def _quiet_s(job: Job) -> float:
     return time.time() - job.submitted_at
 
 
-def _on_interrupt(job: Job, screen: Screen, view: RunView, count: int) -> bool:
+def _on_interrupt(job: Job, screen: Screen, view: RunView, number: int, *, first: bool) -> bool:
     """True when there is nothing left to follow: the run was killed, or goes on without a follower."""
     if job.backend.detaches:
         screen.close()
@@ -321,9 +321,12 @@ def _on_interrupt(job: Job, screen: Screen, view: RunView, count: int) -> bool:
         screen.say(Said(f"  come back:  dtrain attach {shlex.quote(job.plan.name)}"))
         screen.say(Said(f"  end it:     dtrain cancel {shlex.quote(job.plan.name)}"))
         return True
-    if count == 1:
-        screen.say(Said("Ctrl-C: saving and stopping at the end of a step; once more kills the run at once"))
+    if first:
+        what, then = ("SIGTERM", "Ctrl-C") if number == signal.SIGTERM else ("Ctrl-C", "once more")
+        screen.say(Said(f"{what}: saving and stopping at the end of a step; {then} kills the run at once"))
         job.backend.stop(job.plan)
+        return False
+    if number == signal.SIGTERM:
         return False
     job.backend.kill(job.plan)
     wait_until_gone(job)
@@ -379,15 +382,20 @@ def again_command(job: Job) -> str:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[list[float]]:
-    """Collects Ctrl-C in a list instead of raising: an exception could hit between reading a line and showing it."""
-    seen: list[float] = []
+def _interrupts(*, terminated: bool) -> Iterator[list[int]]:
+    """Collects Ctrl-C in a list instead of raising: an exception could hit between reading a line and showing it. And
+    SIGTERM, where who is `terminated` is who has the run, unless somebody else has a use for it already."""
+    seen: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
-        seen.append(time.monotonic())
+        seen.append(signum)
 
-    previous = signal.signal(signal.SIGINT, note)
+    numbers = [signal.SIGINT]
+    if terminated and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        numbers.append(signal.SIGTERM)
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

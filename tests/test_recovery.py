@@ -142,11 +142,13 @@ def test_any_number_of_nodes_gives_the_losses_of_one_process(start: Callable[...
         assert job.events("attempt_started")[-1]["nodes"] == nodes
 
 
-def test_ctrl_c_saves_and_the_relaunch_goes_on(start: Callable[..., Launched]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_and_the_relaunch_goes_on(start: Callable[..., Launched], number: signal.Signals) -> None:
+    """Ctrl-C, or what `timeout` and a machine that goes down send."""
     job = start("run")
     process = job.launch("cluster.nodes=2", "train.steps=40")
     job.until_step(5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert job.wait(process) == 85
     stopped_at = job.steps()
     assert "dtrain launch" in job.said  # says how to go on
