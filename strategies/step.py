@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.protocol import AllReduce, MicroBatch, StepOptions, StepResult, Wrapped
-from dtrain.strategies.tensorops import explain_cut_tensors
 
 
 class NonFinite(ArithmeticError):
@@ -49,6 +48,8 @@ def run_step(wrapped: Wrapped, micro_batches: Sequence[MicroBatch], options: Ste
         passed = wrapped.passes.train(wrapped, micro_batches, options, divisor)
     except Exception as raised:
         if wrapped.degrees.tensor > 1:
+            from dtrain.strategies.tensorops import explain_cut_tensors
+
             explain_cut_tensors(raised)
         raise
     unused = wrapped.sync.finish()

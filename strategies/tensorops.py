@@ -47,7 +47,8 @@ def explain_cut_tensors(error: Exception) -> None:
         error.add_note(
             "strategy.tensor: the model's parameters and activations are torch's DTensors then, and this operation "
             "can't work on them as it is called here (recurrent layers can't, nor can what depends on values, like "
-            "nonzero). Set tensor: 1, with fsdp or pipeline for a large model, or write it in other operations"
+            "nonzero). Without sequence_parallel more can. Or set tensor: 1, with fsdp or pipeline for a large model, "
+            "or write it in other operations"
         )
 
 
