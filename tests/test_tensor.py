@@ -169,4 +169,4 @@ def test_what_cut_tensors_cannot_do_is_said_with_the_way_out(run: Run, tmp_path:
     report = failure(folder)
     assert "nonzero" in report["message"]
     assert "strategy.tensor: the model's parameters and activations are torch's DTensors" in report["message"]
-    assert "Set tensor: 1" in report["message"]
+    assert "set tensor: 1" in report["message"]
