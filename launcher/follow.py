@@ -13,7 +13,7 @@ import shlex
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -225,7 +225,7 @@ def _until_end(job: Job, screen: Screen, view: RunView, interrupts: list[int]) -
         _show_wait(job, screen, view, queue)
         if len(interrupts) > handled:
             first, handled = not handled, len(interrupts)
-            if _on_interrupt(job, screen, view, interrupts[-1], first=first):
+            if _on_interrupt(job, screen, view, interrupts[:handled], first=first):
                 return exits.DETACHED
         if time.monotonic() - asked_at > ASK_BACKEND_S:
             asked_at = time.monotonic()
@@ -313,20 +313,20 @@ def _quiet_s(job: Job) -> float:
     return time.time() - job.submitted_at
 
 
-def _on_interrupt(job: Job, screen: Screen, view: RunView, number: int, *, first: bool) -> bool:
-    """True when there is nothing left to follow: the run was killed, or goes on without a follower."""
+def _on_interrupt(job: Job, screen: Screen, view: RunView, interrupts: Sequence[int], *, first: bool) -> bool:
+    """`interrupts`: all signals so far. True when there is nothing left to follow: the run was killed, or goes on
+    without a follower."""
     if job.backend.detaches:
         screen.close()
         screen.say(Said(f"Ctrl-C: detached, job {job.plan.job_id} goes on"))
         screen.say(Said(f"  come back:  dtrain attach {shlex.quote(job.plan.name)}"))
         screen.say(Said(f"  end it:     dtrain cancel {shlex.quote(job.plan.name)}"))
         return True
-    if first:
-        what, then = ("SIGTERM", "Ctrl-C") if number == signal.SIGTERM else ("Ctrl-C", "once more")
-        screen.say(Said(f"{what}: saving and stopping at the end of a step; {then} kills the run at once"))
-        job.backend.stop(job.plan)
-        return False
-    if number == signal.SIGTERM:
+    if signal.SIGINT not in interrupts[1:]:
+        if first:
+            what, then = ("SIGTERM", "Ctrl-C") if interrupts[0] == signal.SIGTERM else ("Ctrl-C", "once more")
+            screen.say(Said(f"{what}: saving and stopping at the end of a step; {then} kills the run at once"))
+            job.backend.stop(job.plan)
         return False
     job.backend.kill(job.plan)
     wait_until_gone(job)

@@ -27,7 +27,7 @@ from dtrain.cluster.rundir import RunDir, append_event, put_end, read_json, writ
 from dtrain.launcher import pace
 from dtrain.launcher.console import Said
 from dtrain.launcher.departure import wait_until_gone
-from dtrain.launcher.follow import Bookmark, RankZeroLines, RunView, bookmark, follow
+from dtrain.launcher.follow import Bookmark, RankZeroLines, RunView, _until_end, bookmark, follow
 from dtrain.launcher.runs import Job, read_job
 from dtrain.launcher.screen import PlainScreen, TerminalScreen
 from dtrain.launcher.tail import JsonTail, LineTail
@@ -273,6 +273,16 @@ def test_second_ctrl_c_kills(start: Start) -> None:
     ended = read_json(job.control.ended)
     assert ended is not None
     assert (ended["state"], ended["reason"], ended["step"]) == ("failed", "killed by Ctrl-C (second time)", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupts", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
+def test_ctrl_c_kills_though_the_stop_before_it_was_not_seen_yet(start: Start, interrupts: list[int]) -> None:
+    """Both come between two looks."""
+    job, agent = start(DEAF)
+    screen = PlainScreen(100, io.StringIO())
+    assert _until_end(job, screen, RunView(job.run, screen, bookmark(job.run)), interrupts) == 130
+    assert agent.wait(timeout=90) == -signal.SIGKILL
 
 
 @pytest.mark.slow
