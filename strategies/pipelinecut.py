@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from dtrain.cluster.errors import UsageError
 from dtrain.strategies.absent import Absent, NeedsValues, absent_like
+from dtrain.strategies.outputs import tensors_in
 from dtrain.strategies.pipelinetrace import Crossing, Shapes, Trace
 from dtrain.strategies.seeding import seed_torch
 
@@ -160,7 +161,7 @@ class StagedModel:
 
         Raises UsageError."""
         part = self._parts.get((stage, shapes))
-        if part is None:  # once for all times: to make a module takes longer than to call it
+        if part is None:  # once: to look all of it up for every micro-batch would take longer than the calls
             part = self._parts[stage, shapes] = self._part_of(stage, shapes)
         self._entering = _Entering(part, [self._border.into(tensor) for tensor in received], seeds and seeds[1])
         if seeds:
@@ -178,7 +179,7 @@ class StagedModel:
             raise UsageError(
                 f"strategy.pipeline: the forward did not come to {part.following}, where stage {stage + 1} begins"
             )
-        if any(isinstance(leaf, Absent) for leaf in tree_leaves(output)):
+        if any(isinstance(tensor, Absent) for tensor in tensors_in(output)):
             raise UsageError(_other_way("what the model returns"))
         return output
 

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,6 +308,7 @@ def test_a_forward_that_goes_otherwise_than_the_batchs_shapes_let_expect_is_refu
         (0, lambda each: each(torch.cat([x, x])), r"gets a tensor of torch.float32 \(4, 8\)"),
         (0, lambda each: each.layers[2](None), "what layers.2 is called with depends on something"),
         (1, lambda each: each.layers[0](x), "what the model returns depends on something"),
+        (1, lambda each: SimpleNamespace(hidden=each.layers[0](x)), "what the model returns depends on something"),
     ]
     for stage, forward, words in cases:
         with pytest.raises(UsageError, match=words):
