@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,7 +28,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtrain.cluster.workerenv import WorkerEnv
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "assets"))
+from rank_environ import place_of
+
 from dtrain.runtime.ranks import Ranks, process_group
 from dtrain.runtime.task import autocast, forward
 from dtrain.strategies.config import StrategyConfig
@@ -91,23 +94,9 @@ def options(ranks: Ranks) -> StepOptions:
     )
 
 
-def run_rank(rank: int, world_size: int, port: int, strategy: str, pairs: int) -> None:
+def run_rank(rank: int, world_size: int, listener: socket.socket, strategy: str, pairs: int) -> None:
     torch.set_num_threads(1)
-    env = WorkerEnv(
-        run_dir="",
-        name="exact-step",
-        job_id="bench",
-        attempt=1,
-        global_rank=rank,
-        local_rank=rank,
-        node_rank=0,
-        world_size=world_size,
-        local_world_size=world_size,
-        num_nodes=1,
-        master_addr="127.0.0.1",
-        master_port=port,
-        device="cpu",
-    )
+    env = place_of(rank, world_size, listener, name="exact-step", job_id="bench")
     with process_group(env) as ranks:
         parts = SHARDS // world_size
         sides = {
@@ -149,21 +138,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--processes", type=int, default=2)
     chosen = parser.parse_args(arguments)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     pids = []
-    for rank in range(chosen.processes):
-        if (pid := os.fork()) == 0:
-            code = 1
-            try:
-                run_rank(rank, chosen.processes, port, chosen.strategy, chosen.pairs)
-                code = 0
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        pids.append(pid)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        for rank in range(chosen.processes):
+            if (pid := os.fork()) == 0:
+                code = 1
+                try:
+                    run_rank(rank, chosen.processes, listener, chosen.strategy, chosen.pairs)
+                    code = 0
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            pids.append(pid)
     sys.exit(max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in pids))
 
 

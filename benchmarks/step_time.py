@@ -34,12 +34,13 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "assets"))
 import byhand
 import gpt
 from byhand import BATCH_SIZE, CLIP, CONTEXT, MICRO_BATCH, RATE, STAGE_ENDS, TENSOR_PLAN, WARMUP
+from rank_environ import place_of
 
-from dtrain.cluster.workerenv import WorkerEnv
 from dtrain.runtime.batches import Batches
 from dtrain.runtime.build import build
 from dtrain.runtime.config import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, Target, TrainConfig
@@ -166,24 +167,10 @@ def dtrain_side(ranks: Ranks, run_dir: Path, pair: Pair, steps: int, before: Cal
     )
 
 
-def run_rank(rank: int, port: int, run_dir: Path, name: str, blocks: int, steps: int) -> None:
+def run_rank(rank: int, listener: socket.socket, run_dir: Path, name: str, blocks: int, steps: int) -> None:
     pair = PAIRS[name]
     torch.set_num_threads(1)
-    env = WorkerEnv(
-        run_dir=str(run_dir),
-        name="step-time",
-        job_id="bench",
-        attempt=1,
-        global_rank=rank,
-        local_rank=rank,
-        node_rank=0,
-        world_size=pair.world_size,
-        local_world_size=pair.world_size,
-        num_nodes=1,
-        master_addr="127.0.0.1",
-        master_port=port,
-        device="cpu",
-    )
+    env = place_of(rank, pair.world_size, listener, run_dir=str(run_dir), name="step-time", job_id="bench")
     with process_group(env) as ranks:
         times: list[Times] = []  # of blocks in turn, dtrain's first
         began = 0.0, 0.0
@@ -241,15 +228,14 @@ def median_interval(count: int) -> tuple[int, int]:
 
 def compare(name: str, blocks: int, steps: int) -> int:
     """The exit code of the processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         pids = []
         for rank in range(PAIRS[name].world_size):
             if (pid := os.fork()) == 0:
                 try:
-                    run_rank(rank, port, Path(folder), name, blocks, steps)
+                    run_rank(rank, listener, Path(folder), name, blocks, steps)
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)
